@@ -1,0 +1,156 @@
+"""Boards: a named, versioned matrix, from board.toml or from the flags of `arena run`.
+
+A board's keys and the flags are the same words:
+
+    name = "quickstart"
+    version = 1
+    dataset = ["signs"]
+    model = ["fastnet"]
+    attack = ["patch", "blend"]
+    defense = ["finetune", "fine_pruning"]
+    seed = [0, 1, 2]
+    recipe = "fast"
+    clean_share = 0.05
+
+The clean twin (attack `none`) and the null defenses (`none`, `retrain`, `random_prune`) stand in
+every board, whether named or not.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from arena.core.registry import BadInput, attacks, defenses, nearest, split_spec
+
+NULL_DEFENSES = ("none", "retrain", "random_prune")
+RECIPE_NAMES = ("smoke", "fast", "paper")
+
+
+@dataclass(frozen=True)
+class Board:
+    """What is run: every combination of the lists."""
+
+    name: str = "adhoc"
+    version: int = 1
+    title: str = ""
+    dataset: tuple[str, ...] = ("signs",)
+    model: tuple[str, ...] = ("fastnet",)
+    attack: tuple[str, ...] = ("patch", "blend")
+    defense: tuple[str, ...] = ("finetune", "fine_pruning")
+    seed: tuple[int, ...] = (0,)
+    recipe: str = "fast"
+    clean_share: float = 0.05  # the defender's clean images, as a share of the training set
+    timeout: float | None = None  # seconds that one method may take; None: as long as it wants
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", self.name):
+            raise BadInput(
+                f"A board's name is made of small letters, digits, '-' and '_', got {self.name!r}."
+            )
+        if self.version < 1:
+            raise BadInput(f"A board's version is a whole number from 1, got {self.version}.")
+        for key in ("dataset", "model", "attack", "defense", "seed"):
+            if not getattr(self, key):
+                raise BadInput(f"The board {self.name!r} names no {key}.")
+        if self.recipe not in RECIPE_NAMES:
+            raise BadInput(
+                f"There is no recipe {self.recipe!r}; {nearest(self.recipe, RECIPE_NAMES)}."
+            )
+        if not 0 < self.clean_share <= 1:
+            raise BadInput(f"clean_share must lie in (0, 1], got {self.clean_share:g}.")
+        if self.timeout is not None and self.timeout <= 0:
+            raise BadInput(f"timeout must be above 0 seconds, got {self.timeout:g}.")
+        for seed in self.seed:
+            if not 0 <= seed < 2**31:
+                raise BadInput(f"A seed lies between 0 and 2147483647, got {seed}.")
+
+    def definition(self) -> dict[str, Any]:
+        """The board as JSON, without its name."""
+        return {
+            f.name: list(value) if isinstance(value := getattr(self, f.name), tuple) else value
+            for f in fields(self)
+            if f.name != "name"
+        }
+
+    def attacks(self) -> list[Any]:
+        """The attacks as instances, the clean twin first. Raises BadInput."""
+        return _built(attacks, ("none", *self.attack))
+
+    def defenses(self) -> list[Any]:
+        """The defenses as instances, the null methods first. Raises BadInput."""
+        return _built(defenses, (*NULL_DEFENSES, *self.defense))
+
+
+def _built(registry: Any, specs: tuple[str, ...]) -> list[Any]:
+    made: list[Any] = []
+    for text in specs:
+        instance = registry.build(text)
+        if instance not in made:
+            made.append(instance)
+    return made
+
+
+def check_names(board: Board) -> None:
+    """Check method names and field names without importing any method (fast, no torch)."""
+    for registry, specs in ((attacks, board.attack), (defenses, board.defense)):
+        for text in specs:
+            name, values = split_spec(text)
+            known = [field.name for field in registry.describe(name).fields]
+            for key in values:
+                if key not in known:
+                    hint = nearest(key, known) if known else "it has no fields"
+                    raise BadInput(f"{registry.kind} {name!r} has no field {key!r}; {hint}.")
+
+
+def read_board(path: Path | str) -> Board:
+    """A board from a TOML file. Raises BadInput with the culprit and the nearest valid choice."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"There is no board file {str(path)!r}.") from error
+    except IsADirectoryError as error:
+        raise BadInput(f"{str(path)!r} is a folder; name its board.toml.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"The board {str(path)!r} cannot be read: {error}.") from error
+    return board_from(raw, str(path), default_name=path.resolve().parent.name)
+
+
+def board_from(raw: Mapping[str, Any], where: str, default_name: str = "adhoc") -> Board:
+    """A Board from loosely typed keys; one word may stand for a list of one."""
+    known = {f.name: f for f in fields(Board)}
+    values: dict[str, Any] = {"name": default_name}
+    for key, value in raw.items():
+        if key not in known:
+            raise BadInput(f"{where}: there is no key {key!r}; {nearest(key, known)}.")
+        values[key] = _typed(key, value, str(known[key].type), where)
+    return Board(**values)
+
+
+def _typed(key: str, value: Any, kind: str, where: str) -> Any:
+    if kind.startswith("tuple"):
+        of = int if "int" in kind else str
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            if not isinstance(item, of) or isinstance(item, bool):
+                need = "whole numbers" if of is int else "words"
+                raise BadInput(f"{where}: {key} must be a list of {need}, got {item!r}.")
+        return tuple(dict.fromkeys(items))
+    wanted: tuple[type, ...] = {
+        "str": (str,),
+        "int": (int,),
+        "float": (int, float),
+        "float | None": (int, float),
+    }[kind]
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise BadInput(f"{where}: {key} must be {_words(wanted)}, got {value!r}.")
+    return value
+
+
+def _words(kinds: tuple[type, ...]) -> str:
+    return {str: "a word", int: "a whole number"}[kinds[0]] if len(kinds) == 1 else "a number"

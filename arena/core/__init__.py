@@ -1,0 +1,1 @@
+"""Torch only; knows no method by name. Empty on purpose: importing it costs nothing."""

@@ -1,0 +1,133 @@
+"""The arena's contracts: what a method is given is all that it can use.
+
+The type signature is the threat model. No defense is ever handed the test set, the trigger, the
+target class or the poisoned rows; no method reports its own numbers, the referee measures them.
+
+Images are stored as uint8 (N, C, H, W). Every function that changes images works on float32
+batches in [0, 1] on the caller's device; normalisation is the first layer of every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+
+ImageMap = Callable[[Tensor], Tensor]
+"""(N, C, H, W) float32 in [0, 1] -> same shape, range and device; pure."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images. As stored: uint8; inside a batch: float32 in [0, 1]."""
+
+    x: Tensor  # (N, C, H, W) uint8 in [0, 255], or float32 in [0, 1] inside a batch
+    y: Tensor  # (N,) int64 class ids
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, rows: Tensor) -> Images:
+        """The images at `rows` (K,) int64, or where a (N,) bool mask holds, in that order."""
+        return Images(self.x[rows], self.y[rows])
+
+    def to(self, device: torch.device | str) -> Images:
+        return Images(self.x.to(device, non_blocking=True), self.y.to(device, non_blocking=True))
+
+
+class Poisoned(NamedTuple):
+    """What the victim trains on, and the ground truth for detectors (which no defense gets)."""
+
+    data: Images  # uint8; the training set with the poisoned rows in it
+    rows: Tensor  # (K,) int64: the rows of `data` whose image or label the attacker changed
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A trigger. Everything random about it was drawn in `prepare`: both maps are pure.
+
+    `stamp` is used at evaluation, `embed` at training where the two differ.
+    """
+
+    stamp: ImageMap
+    embed: ImageMap | None = None
+
+    @property
+    def training_map(self) -> ImageMap:
+        return self.embed or self.stamp
+
+
+class Verdict(NamedTuple):
+    """A scanner's answer about one model."""
+
+    score: float  # higher = more likely backdoored; thresholds belong to the table
+    target: int | None = None  # the class blamed, where the method names one
+    per_class: Tensor | None = None  # (classes,) suspicion per class
+    trigger: Tensor | None = None  # (C, H, W) in [0, 1], the inverted trigger's picture
+
+
+BatchHook = Callable[[Images, Generator], Images]
+"""(float batch after augmentation, this step's generator) -> the batch to train on."""
+
+LossHook = Callable[[nn.Module, Images, Tensor, Generator], Tensor]
+"""(model, float batch, its logits, this step's generator) -> scalar added to the loss."""
+
+
+class Fit(Protocol):
+    """The one trainer, as a function: model, recipe, device and progress are bound by the arena."""
+
+    def __call__(
+        self,
+        data: Images,
+        *,
+        rng: Generator,
+        init: nn.Module | None = None,
+        on_batch: BatchHook | None = None,
+        extra_loss: LossHook | None = None,
+        carry: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> nn.Module: ...
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """Poisons training data. Optional attributes:
+
+    target: int         the class that the trigger should force
+    victim: int | None  the only class that the trigger must work on (label-specific); None: all
+    keeps_labels: bool  clean-label: the poisoned images keep their (target) label
+    """
+
+    def prepare(self, train: Images, rng: Generator) -> Trigger | None: ...
+    def poison(self, train: Images, trigger: Trigger | None, rng: Generator) -> Poisoned: ...
+
+
+@runtime_checkable
+class ControlsTraining(Protocol):
+    """The stronger threat model: the attacker runs the training. Having `train` declares it."""
+
+    def train(
+        self, fit: Fit, poisoned: Poisoned, trigger: Trigger, rng: Generator
+    ) -> tuple[nn.Module, Trigger]: ...
+
+
+@runtime_checkable
+class Repairs(Protocol):
+    """Returns a repaired copy of the model; the argument is left as it was."""
+
+    def repair(self, model: nn.Module, clean: Images, rng: Generator) -> nn.Module: ...
+
+
+@runtime_checkable
+class Scans(Protocol):
+    def scan(self, model: nn.Module, clean: Images, rng: Generator) -> Verdict: ...
+
+
+@runtime_checkable
+class Detects(Protocol):
+    """(N,) suspicion of the uint8 images `x`; higher = more likely stamped."""
+
+    def score(self, model: nn.Module, x: Tensor, clean: Images, rng: Generator) -> Tensor: ...

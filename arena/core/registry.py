@@ -1,0 +1,478 @@
+"""Names to methods: discovery by folder and entry points, spec strings, validated fields.
+
+A method is one file: its name is the file's name, its hyper-parameters are the fields of one
+frozen dataclass. `catalogue` reads files without importing them (no torch), so that listing is
+instant; `build` imports the one file that is asked for.
+
+A spec string is `name` or `name:field=value,field=value`; a value that holds commas (the spec of
+another method, say) is put in parentheses: `sdrm:base=(wanet:s=0.5,k=4),lam=0.3`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+
+POWERS = {  # what a class can do, by the method that it has
+    "poison": "poisons data",
+    "train": "controls training",
+    "repair": "repairs",
+    "scan": "scans",
+    "score": "detects",
+}
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used; the message is one sentence with the mend in it."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or the choices where none is near."""
+    options = sorted(choices)
+    if near := difflib.get_close_matches(word, options, n=1, cutoff=0.5):
+        return f"did you mean {near[0]!r}?"
+    return f"choose from {', '.join(options)}" if options else "there is nothing to choose from"
+
+
+def param(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    above: float | None = None,
+    path: bool = False,
+    source: str = "",
+) -> Any:
+    """A hyper-parameter: its default, what it means with its unit, and its range.
+
+    low, high: inclusive bounds; above: exclusive lower bound; path: the value names a file, whose
+    content counts as part of the setting.
+    """
+    metadata = {
+        "doc": doc,
+        "low": low,
+        "high": high,
+        "above": above,
+        "choices": choices,
+        "path": path,
+        "source": source,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A hyper-parameter as listed."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    choices: tuple[Any, ...] | None = None
+    path: bool = False
+    source: str = ""
+
+    @property
+    def range(self) -> str:
+        if self.choices:
+            return " | ".join(map(show_value, self.choices))
+        left = (
+            f"({self.above:g}" if self.above is not None
+            else f"[{self.low:g}" if self.low is not None else "("
+        )
+        right = f"{self.high:g}]" if self.high is not None else ")"
+        return "" if (left, right) == ("(", ")") else f"{left}, {right}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as listed, read from its file without importing it."""
+
+    name: str
+    kind: str  # attack or defense
+    module: str
+    path: str
+    doc: str
+    fields: tuple[Field, ...]
+    powers: tuple[str, ...]
+    traits: Mapping[str, Any]  # plain class attributes: null, scope, labels, dynamic …
+
+    @property
+    def summary(self) -> str:
+        return self.doc.strip().split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def source(self) -> str:
+        return _section(self.doc, "Source:")
+
+    @property
+    def departs(self) -> str:
+        return _section(self.doc, "Departs:")
+
+
+def _section(doc: str, head: str) -> str:
+    lines = doc.splitlines()
+    for start, line in enumerate(lines):
+        if line.strip().startswith(head):
+            found = [line.strip().removeprefix(head).strip()]
+            for more in lines[start + 1 :]:
+                if not more.strip() or not more.startswith((" ", "\t")):
+                    break
+                found.append(more.strip())
+            return " ".join(found)
+    return ""
+
+
+# ------------------------------------------------------------------------------------- registering
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(param,))
+def method(cls: type[T]) -> type[T]:
+    """Make a class a method: a frozen dataclass whose fields are checked when it is built."""
+    own_check = cls.__dict__.get("__post_init__")
+
+    def check(self: Any) -> None:
+        validate(self)
+        if own_check is not None:
+            own_check(self)
+
+    cls.__post_init__ = check  # type: ignore[attr-defined]
+    made = dataclass(frozen=True)(cls)
+    made.method_name = made.__module__.rpartition(".")[2]  # type: ignore[attr-defined]
+    return made
+
+
+def validate(instance: Any) -> None:
+    """Raise BadInput unless every field has the declared type and lies in its range."""
+    name = type(instance).__module__.rpartition(".")[2]
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        where = f"{name}: {field.name}"
+        if not _is(value, hints[field.name]):
+            raise BadInput(
+                f"{where} must be {_type_name(hints[field.name])}, got {show_value(value)!r}."
+            )
+        rule = field.metadata
+        if value is None or not rule:
+            continue
+        if rule["choices"] and value not in rule["choices"]:
+            hint = nearest(str(value), map(show_value, rule["choices"]))
+            raise BadInput(f"{where} cannot be {show_value(value)!r}; {hint}.")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high, above = rule["low"], rule["high"], rule["above"]
+            if not (abs(value) < float("inf")):
+                raise BadInput(f"{where} must be finite, got {value}.")
+            if low is not None and value < low:
+                raise BadInput(f"{where} must be at least {low:g}, got {value:g}.")
+            if above is not None and value <= above:
+                raise BadInput(f"{where} must be above {above:g}, got {value:g}.")
+            if high is not None and value > high:
+                raise BadInput(f"{where} must be at most {high:g}, got {value:g}.")
+        if rule["path"] and value and not Path(value).expanduser().is_file():
+            raise BadInput(f"{where}: there is no file {value!r}.")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for option in options:
+        kind = type(None) if option is None else option
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return True
+        if kind is int and isinstance(value, bool):
+            continue
+        if isinstance(value, kind):
+            return True
+    return False
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return " or ".join("none" if o in (None, type(None)) else names.get(o, str(o)) for o in options)
+
+
+# ----------------------------------------------------------------------------------- spec strings
+
+
+def split_spec(text: str) -> tuple[str, dict[str, str]]:
+    """`name:field=value,…` -> name and the fields as text. Raises BadInput on bad grammar."""
+    name, colon, rest = text.strip().partition(":")
+    if not name or (colon and not rest):
+        raise BadInput(f"{text!r} is not a spec; write name or name:field=value,field=value.")
+    values: dict[str, str] = {}
+    for part in _split_commas(rest, text) if rest else ():
+        key, equals, value = part.partition("=")
+        key, value = key.strip(), value.strip()
+        if not equals or not key or not value:
+            raise BadInput(f"{part!r} in {text!r} is not field=value.")
+        if key in values:
+            raise BadInput(f"{text!r} sets {key} twice.")
+        if value.startswith("(") and value.endswith(")"):
+            value = value[1:-1]
+        values[key] = value
+    return name.strip(), values
+
+
+def _split_commas(rest: str, text: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for at, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            parts.append(rest[start:at])
+            start = at + 1
+    if depth:
+        raise BadInput(f"the parentheses in {text!r} do not match.")
+    return [*parts, rest[start:]]
+
+
+def show_value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    text = str(value)
+    plain = text and text == text.strip() and not set(text) & set(",=()")
+    return text if plain else f"({text})"
+
+
+def _parse_value(text: str, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if text.lower() in ("none", "null") and (type(None) in options or None in options):
+        return None
+    for option in options:
+        if option is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+        if option is str:
+            return text
+    raise BadInput(f"{where} must be {_type_name(hint)}, got {text!r}.")
+
+
+def spec_of(instance: Any) -> str:
+    """The full spec: every field spelt out, so that a changed default is a new row."""
+    return _spec(instance, everything=True)
+
+
+def short_spec(instance: Any) -> str:
+    """The spec for people: only the fields that differ from their defaults."""
+    return _spec(instance, everything=False)
+
+
+def _spec(instance: Any, *, everything: bool) -> str:
+    pairs = [
+        f"{field.name}={show_value(getattr(instance, field.name))}"
+        for field in dataclasses.fields(instance)
+        if everything or getattr(instance, field.name) != field.default
+    ]
+    name = str(instance.method_name)
+    return f"{name}:{','.join(pairs)}" if pairs else name
+
+
+# ---------------------------------------------------------------------------------------- catalogue
+
+
+class Registry:
+    """The methods of one kind: files of a package folder, and entry points of other packages."""
+
+    def __init__(self, kind: str, package: str, group: str) -> None:
+        self.kind, self.package, self.group = kind, package, group
+
+    @cache  # noqa: B019 - two registries live as long as the program
+    def _files(self) -> dict[str, tuple[str, Path]]:
+        """name -> (module, file); nothing is imported."""
+        folder = Path(__file__).parents[1] / self.package.rpartition(".")[2]
+        found = {
+            path.stem: (f"{self.package}.{path.stem}", path)
+            for path in sorted(folder.glob("*.py"))
+            if not path.stem.startswith("_")
+        }
+        for point in entry_points(group=self.group):
+            spec = importlib.util.find_spec(point.module)
+            if spec is None or spec.origin is None:
+                continue
+            name = point.module.rpartition(".")[2]
+            if name in found:
+                raise BadInput(
+                    f"{self.kind} {name!r} of {point.module} has the name of an existing one."
+                )
+            found[name] = (point.module, Path(spec.origin))
+        return found
+
+    def names(self) -> list[str]:
+        return list(self._files())
+
+    def describe(self, name: str) -> Method:
+        """Read a method's file: docstring, fields, powers. Raises BadInput for unknown names."""
+        module, path = self._locate(name)
+        return _read(name, self.kind, module, path)
+
+    def describe_all(self) -> list[Method]:
+        return [self.describe(name) for name in self.names()]
+
+    def load(self, name: str) -> type[Any]:
+        """Import the method's file and return its class."""
+        module_name, _ = self._locate(name)
+        module = importlib.import_module(module_name)
+        found = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and value.__module__ == module.__name__
+            and "method_name" in vars(value)
+        ]
+        if len(found) != 1:
+            raise BadInput(f"{module_name} must hold exactly one @method class, has {len(found)}.")
+        return found[0]
+
+    def build(self, text: str) -> Any:
+        """An instance from a spec string. Raises BadInput with the nearest valid choice."""
+        name, values = split_spec(text)
+        described = self.describe(name)
+        cls = self.load(name)
+        hints = typing.get_type_hints(cls)
+        known = [field.name for field in described.fields]
+        for key in values:
+            if key not in known:
+                hint = nearest(key, known) if known else "it has no fields"
+                raise BadInput(f"{self.kind} {name!r} has no field {key!r}; {hint}.")
+        parsed = {
+            key: _parse_value(value, hints[key], f"{name}: {key}") for key, value in values.items()
+        }
+        return cls(**parsed)
+
+    def _locate(self, name: str) -> tuple[str, Path]:
+        files = self._files()
+        if name not in files:
+            raise BadInput(f"There is no {self.kind} {name!r}; {nearest(name, files)}.")
+        return files[name]
+
+
+attacks = Registry("attack", "arena.attacks", "arena.attacks")
+defenses = Registry("defense", "arena.defenses", "arena.defenses")
+
+
+@cache
+def _read(name: str, kind: str, module: str, path: Path) -> Method:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    doc = ast.get_docstring(tree) or ""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any(
+            ast.unparse(mark).rpartition(".")[2] == "method" for mark in node.decorator_list
+        ):
+            break
+    else:
+        raise BadInput(f"{path} holds no class marked @method.")
+    fields, traits, powers = [], {}, []
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            if ast.unparse(item.annotation).startswith("ClassVar"):
+                traits[item.target.id] = ast.literal_eval(item.value) if item.value else None
+            elif item.value is not None:
+                fields.append(_read_field(item.target.id, item.annotation, item.value))
+        elif isinstance(item, ast.FunctionDef) and item.name in POWERS:
+            powers.append(POWERS[item.name])
+    return Method(name, kind, module, str(path), doc, tuple(fields), tuple(powers), traits)
+
+
+def _read_field(name: str, annotation: ast.expr, value: ast.expr) -> Field:
+    kind = ast.unparse(annotation)
+    if not (isinstance(value, ast.Call) and ast.unparse(value.func).endswith("param")):
+        return Field(name, kind, ast.literal_eval(value), "")
+    settings = {k.arg: ast.literal_eval(k.value) for k in value.keywords if k.arg}
+    default, doc = (ast.literal_eval(argument) for argument in value.args)
+    return Field(name, kind, default, doc, **settings)
+
+
+# ------------------------------------------------------------------------------------------ code
+
+
+@cache
+def code_hash(*modules: str) -> str:
+    """sha256 (hex) over the code of `modules` and all of the arena that they import, transitively.
+
+    Comments, docstrings and layout do not count: only what is executed makes old results stale.
+    """
+    seen: dict[str, str] = {}
+    todo = list(modules)
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        path = _file_of(name)
+        if path is None:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        seen[name] = ast.unparse(_without_docstrings(tree))
+        todo += _arena_imports(tree)
+    body = "\n".join(f"{name} {seen[name]}" for name in sorted(seen))
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _file_of(module: str) -> Path | None:
+    loaded = sys.modules.get(module)
+    origin = getattr(loaded, "__file__", None)
+    if origin is None:
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            return None
+        origin = spec.origin if spec else None
+    return Path(origin) if origin and origin.endswith(".py") else None
+
+
+def _arena_imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("arena"):
+            found.append(str(node.module))
+            found += [f"{node.module}.{alias.name}" for alias in node.names]  # may be a module
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("arena")]
+    return found
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+            and isinstance(body[0].value.value, str)
+        ):
+            node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
+    return tree

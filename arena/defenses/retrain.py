@@ -1,0 +1,48 @@
+"""Training from scratch on the clean set alone: what a defender gets who throws the model away.
+
+No trace of the backdoor can be left, so that a defense whose accuracy is below this one's has
+repaired nothing that was worth keeping.
+
+Source: a null method of this arena; the recipe is the arena's `fast` one with the network's own
+    settings, in batches small enough for a small set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from torch import Generator
+
+from arena.core import models
+from arena.core.contracts import Images
+from arena.core.models import Classifier
+from arena.core.registry import method, param
+from arena.core.training import check_clean, fit, recipe
+
+
+@method
+class Retrain:
+    null: ClassVar[bool] = True
+
+    epochs: int = param(30, "passes over the clean set", low=1)
+    min_steps: int = param(500, "updates at least; a small set gets more passes", low=0)
+    batch: int = param(128, "images per update; a smaller set lowers it", low=2)
+    lr: float | None = param(
+        None, "peak rate; none: that of the network's recipe, in proportion to the batch", above=0
+    )
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        check_clean(clean, model)
+        new = models.fresh(model, rng)
+        models.calibrate(new, clean)
+        usual = recipe("fast", models.info(model.spec.name).overrides.get("fast"))
+        plan = replace(
+            usual,
+            epochs=self.epochs,
+            min_steps=self.min_steps,
+            batch=self.batch,
+            lr=self.lr or usual.lr * self.batch / usual.batch,
+        )
+        fit(new, clean, plan, rng, what="retraining")
+        return new

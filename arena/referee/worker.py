@@ -1,0 +1,265 @@
+"""What happens inside a worker: an attack, a repair, or the referee's own measuring.
+
+An attack is given the training images, its settings and a seed; the images on which it is scored
+reach it only after its victim is written. A repair is given weights, the network's name, the
+clean set, its settings and a seed. Neither is told where the store or the other's files are.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from arena.core import metrics, models, poisoning, training
+from arena.core.contracts import BatchHook, ControlsTraining, Fit, Images, LossHook
+from arena.core.registry import BadInput, attacks, defenses
+from arena.core.seeding import stream
+from arena.referee.isolate import Line, Refused
+from arena.store import load_tensors, save_tensors
+
+Job = Mapping[str, Any]
+SAVE_EVERY = 5.0  # seconds between two checkpoints: shorter epochs are cheaper to repeat
+
+
+def read_split(files: Mapping[str, str]) -> Images:
+    """A data split from its .npy files; nothing is loaded until used, nothing written back."""
+    x, y = (torch.from_numpy(np.load(files[name], mmap_mode="c")) for name in ("x", "y"))
+    return Images(x, y)
+
+
+class FileCheckpoint:
+    """A training's state in one file, replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.saved = path, time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        try:
+            return dict(torch.load(self.path, map_location="cpu", weights_only=True))
+        except Exception as error:  # damaged in whatever way: train from the start
+            print(f"{self.path.name} cannot be read ({error}); training starts again.", flush=True)
+            return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        if time.monotonic() - self.saved < SAVE_EVERY:
+            return
+        temporary = self.path.with_suffix(".new")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+        self.saved = time.monotonic()
+
+
+def trainer(job: Job, device: torch.device, checkpoints: Path) -> Fit:
+    """`fit` with the board's model, recipe and device bound, as an attacker may call it."""
+    calls = 0
+    name, classes, shape = job["model"], job["classes"], tuple(job["shape"])
+    plan = training.recipe(job["recipe"], models.info(name).overrides.get(job["recipe"]))
+
+    def fit(
+        data: Images,
+        *,
+        rng: Generator,
+        init: nn.Module | None = None,
+        on_batch: BatchHook | None = None,
+        extra_loss: LossHook | None = None,
+        carry: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> nn.Module:
+        nonlocal calls
+        checkpoint = FileCheckpoint(checkpoints / f"training-{calls}.pt")
+        calls += 1
+        model: nn.Module
+        if init is None:
+            model = models.build(name, classes, shape, stream(job["seed"], "init"))
+            models.calibrate(model, data)
+        else:
+            model = init
+        return training.fit(
+            model.to(device),
+            data,
+            training.changed(plan, changes),
+            rng,
+            on_batch=on_batch,
+            extra_loss=extra_loss,
+            carry=carry,
+            checkpoint=checkpoint,
+        )
+
+    return fit
+
+
+def attack(job: Job, line: Line) -> dict[str, Any]:
+    """Poison, train the victim, then stamp the test images that the runner hands over."""
+    device, folder = _start(job), Path(job["folder"])
+    method, seed = attacks.build(job["spec"]), int(job["seed"])
+    train = read_split(job["train"])
+    started = time.monotonic()
+    try:
+        method.check(tuple(job["shape"]), job["classes"])
+    except BadInput as error:
+        raise Refused(str(error)) from error
+    trigger = method.prepare(train, stream(seed, "prepare"))
+    poisoned = method.poison(train, trigger, stream(seed, "poison"))
+    fit = trainer(job, device, Path(job["scratch"]))
+    if isinstance(method, ControlsTraining):
+        model, trigger = method.train(fit, poisoned, trigger, stream(seed, "train"))
+    else:
+        model = fit(poisoned.data, rng=stream(seed, "fit"))
+    rows = poisoned.rows
+    save_tensors(folder / "weights.safetensors", model.state_dict())
+    save_tensors(
+        folder / "poisoned.safetensors",
+        {"rows": rows, "x": poisoned.data.x[rows], "y": poisoned.data.y[rows]},
+    )
+    budget = _budget(device, started)
+    if trigger is not None:
+        x = read_split(line.ask("the images to stamp")).x
+        stamped = poisoning.stamp(x.to(device), trigger.stamp)
+        save_tensors(folder / "triggered.safetensors", {"x": stamped})
+    return {
+        "budget": budget,
+        "poisoned_rows": len(rows),
+        "training_images": len(poisoned.data),
+        "stamped": trigger is not None,
+    }
+
+
+def repair(job: Job, line: Line) -> dict[str, Any]:
+    """Repair a model with a clean set."""
+    device, folder = _start(job), Path(job["folder"])
+    method = defenses.build(job["spec"])
+    model = _network(job, job["weights"]).to(device)
+    tensors = load_tensors(Path(job["clean"]))
+    clean = Images(tensors["x"], tensors["y"])
+    skip = getattr(method, "skip", None)
+    if skip is not None and (reason := skip(model, clean)):
+        raise Refused(reason)
+    models.passes.reset()
+    started = time.monotonic()
+    repaired = method.repair(model, clean, stream(int(job["seed"]), "repair", job["spec"]))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    budget = _budget(device, started)
+    state = repaired.state_dict()
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"the repaired model has non-finite values in {name}")
+    save_tensors(folder / "weights.safetensors", state)
+    return {"budget": {**budget, "clean_images": len(clean)}}
+
+
+def measure(job: Job, line: Line) -> dict[str, Any]:
+    """The referee's own figures for one model on the whole test set and on its triggered form."""
+    device = _start(job)
+    model = _network(job, job["weights"]).to(device)
+    test = read_split(job["test"])
+    answers, facts = _answers(model, test.x)
+    out: dict[str, Any] = {
+        "metrics": {"acc": metrics.accuracy(answers, test.y)},
+        "counts": {"test": len(test)},
+        **facts,
+    }
+    predictions = {"clean": answers.to(torch.int16)}
+    if job["triggered"] is not None:
+        method, classes = attacks.build(job["attack"]), int(job["classes"])
+        wanted = poisoning.wanted(method, test.y, classes)
+        counted = poisoning.applies(method, test.y, classes)
+        triggered = load_tensors(Path(job["triggered"]))["x"]
+        fooled, _ = _answers(model, triggered)
+        predictions["triggered"] = fooled.to(torch.int16)
+        out["metrics"]["asr"] = metrics.asr(fooled, wanted, counted)
+        out["metrics"]["ra"] = metrics.ra(fooled, test.y, counted)
+        out["counts"]["triggered"] = int(counted.sum())
+        if job.get("twin") is not None:
+            twin = _network(job, job["twin"]).to(device)
+            seen, _ = _answers(twin, triggered)
+            out["twin"] = {
+                "clean_twin_asr": metrics.asr(seen, wanted, counted),
+                "clean_twin_ra": metrics.ra(seen, test.y, counted),
+            }
+            out["stealth"] = stealth(test.x[counted], triggered[counted])
+    save_tensors(Path(job["folder"]) / "predictions.safetensors", predictions)
+    return out
+
+
+def stealth(clean: Tensor, triggered: Tensor, limit: int = 2000) -> dict[str, float | None]:
+    """How far the triggered images are from the clean ones (uint8), on the first `limit`."""
+    one, two = training.to_float(clean[:limit]), training.to_float(triggered[:limit])
+    return {
+        "psnr": metrics.psnr(one, two),
+        "ssim": metrics.ssim(one, two),
+        "l2": metrics.l2(one, two),
+        "linf": metrics.linf(one, two),
+    }
+
+
+def _answers(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Predicted classes (N,) and what is suspicious about the outputs."""
+    out = training.logits(model, x).cpu()
+    if not torch.isfinite(out).all():
+        raise ValueError("the model's outputs are not finite")
+    answers = out.argmax(1)
+    again = training.logits(model, x[: min(len(x), 200)]).cpu()
+    rows = out.double()
+    probabilities = bool(rows.min() >= 0) and bool(((rows.sum(1) - 1).abs() < 1e-2).all())
+    top = float(answers.bincount(minlength=out.shape[1]).max()) / len(answers)
+    return answers, {
+        "top_class_share": top,
+        "probabilities": probabilities,
+        "repeatable": bool(torch.equal(again.argmax(1), answers[: len(again)])),
+    }
+
+
+def _network(job: Job, weights: str) -> models.Classifier:
+    shape = tuple(job["shape"])
+    model = models.build(job["model"], job["classes"], shape, stream(0, "shell"))
+    return models.load_weights(model, load_tensors(Path(weights))).eval()
+
+
+def _start(job: Job) -> torch.device:
+    torch.set_num_threads(int(job["threads"]))
+    device = torch.device(job["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def _budget(device: torch.device, started: float) -> dict[str, Any]:
+    return {
+        "seconds": time.monotonic() - started,
+        "peak_memory_mb": _peak_memory(device),
+        "forward_images": models.passes.forward,
+        "backward_images": models.passes.backward,
+    }
+
+
+def _peak_memory(device: torch.device) -> float | None:
+    """Peak memory in MB (10^6 bytes): the device's own on a GPU, the process's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+JOBS: dict[str, Callable[[Job, Line], dict[str, Any]]] = {
+    "attack": attack,
+    "repair": repair,
+    "measure": measure,
+}

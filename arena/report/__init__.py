@@ -1,0 +1,1 @@
+"""Tables and pages from records. Needs no torch, so that results build and read anywhere."""

@@ -1,0 +1,106 @@
+"""One flat row per record: what scripts, tables and pages read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+Row = dict[str, Any]
+
+CONTEXT = ("board", "version", "dataset", "model", "recipe")
+METRICS = (
+    "acc",
+    "asr",
+    "ra",
+    "der",
+    "acc_drop",
+    "acc_before",
+    "asr_before",
+    "ra_before",
+    "clean_twin_acc",
+    "clean_twin_asr",
+    "clean_twin_ra",
+    "twin_acc_drop",
+    "psnr",
+    "ssim",
+    "l2",
+    "linf",
+)
+BUDGET = ("seconds", "peak_memory_mb", "clean_images", "forward_images", "backward_images")
+INTERVALS = ("acc_low", "acc_high", "asr_low", "asr_high")
+COLUMNS = (
+    *CONTEXT,
+    "attack",
+    "defense",
+    "seed",
+    "status",
+    "reason",
+    *METRICS,
+    *INTERVALS,
+    *BUDGET,
+    "flags",
+    "threat",
+    "attack_name",
+    "attack_short",
+    "defense_name",
+    "defense_short",
+    "null",
+    "fingerprint",
+    "commit",
+    "finished",
+    "key",
+)
+"""The keys of a flat row, in the order in which `flatten` writes them."""
+
+
+def number(value: Any) -> float | int | None:
+    """`value` where it is a finite number; NaN, an infinity or anything else is None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def flatten(record: Mapping[str, Any]) -> Row:
+    """The flat row of one record: full specs, fractions in [0, 1], None where not measured.
+
+    The keys are `COLUMNS`; `flags` is a list of names. Raises ValueError where the record does not
+    say which cell it is.
+    """
+    try:
+        board, data = record["board"], record["dataset"]
+        attack, defense = record["attack"], record["defense"]
+        row: Row = {
+            "board": board["name"],
+            "version": board["version"],
+            "dataset": data["name"],
+            "model": record["model"],
+            "recipe": record["recipe"],
+            "attack": attack["spec"],
+            "defense": defense["spec"],
+            "seed": record["seed"],
+            "status": record["status"],
+            "reason": record.get("reason") or "",
+        }
+    except (KeyError, TypeError) as missing:
+        name = record.get("key", "without a key") if isinstance(record, Mapping) else repr(record)
+        raise ValueError(f"record {name} does not name its cell: {missing} is missing") from None
+    metrics, budget = record.get("metrics") or {}, record.get("budget") or {}
+    row |= {name: number(metrics.get(name)) for name in METRICS}
+    for name in ("acc", "asr"):
+        low, high = (record.get("intervals") or {}).get(name) or (None, None)
+        row[f"{name}_low"], row[f"{name}_high"] = number(low), number(high)
+    row |= {name: number(budget.get(name)) for name in BUDGET}
+    return row | {
+        "flags": [flag["name"] for flag in record.get("flags") or ()],
+        "threat": attack.get("threat") or "",
+        "attack_name": attack.get("name") or attack["spec"].partition(":")[0],
+        "attack_short": attack.get("short") or attack["spec"],
+        "defense_name": defense.get("name") or defense["spec"].partition(":")[0],
+        "defense_short": defense.get("short") or defense["spec"],
+        "null": bool(defense.get("null")),
+        "fingerprint": data.get("fingerprint") or "",
+        "commit": record.get("commit") or "",
+        "finished": record.get("finished") or "",
+        "key": record.get("key") or "",
+    }

@@ -1,0 +1,534 @@
+"""Tables from flat rows: leaderboard, cells, attacks, failures; and their five formats.
+
+A frame holds exact numbers (fractions in [0, 1], `x_sd` beside `x`); only `view` rounds them, and
+the human formats (table, md, latex, and the page) all show that one view.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from .rows import BUDGET, COLUMNS, CONTEXT, INTERVALS, METRICS, Row
+from .statistics import Summary, over_attacks, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+    from rich.text import Text
+
+FORMATS = ("table", "md", "csv", "json", "latex")
+AVERAGED = (
+    "Mean over attacks of the means over seeds; ± is the standard deviation over seeds of each "
+    "seed's average over attacks. Only established attacks count; a collapsed model counts with "
+    "the numbers it was left with. Best mean DER first."
+)
+MISSING = "–"
+
+_OUTCOME = ("acc", "asr", "ra", "der", "acc_drop", "twin_acc_drop", "seconds")
+_VICTIM = (
+    "acc_before",
+    "asr_before",
+    "clean_twin_acc",
+    "clean_twin_asr",
+    "psnr",
+    "ssim",
+    "l2",
+    "linf",
+)
+_SHORTS = ("attack_short", "defense_short", "null")
+
+
+# ------------------------------------------------------------------------------------ selection
+
+
+def current(rows: Iterable[Row]) -> list[Row]:
+    """One row per cell, sorted. Of rows that differ only in code, the last finished stands.
+
+    Short names that would stand for two specs (a default changed) give way to the full spec.
+    """
+    latest: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: (str(row["finished"]), row["key"])):
+        latest[*_context(row), row["attack"], row["defense"], row["seed"]] = row
+    chosen = sorted(latest.values(), key=_order)
+    for kind in ("attack", "defense"):
+        specs: dict[str, set[str]] = {}
+        for row in chosen:
+            specs.setdefault(row[f"{kind}_short"], set()).add(row[kind])
+        chosen = [
+            row | {f"{kind}_short": row[kind]} if len(specs[row[f"{kind}_short"]]) > 1 else row
+            for row in chosen
+        ]
+    return chosen
+
+
+def _context(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CONTEXT)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    names = (*map(str, _context(row)), row["attack"], row["defense"])
+    return (*names, row["seed"] if isinstance(row["seed"], int) else 0, str(row["seed"]))
+
+
+def _victim(row: Row) -> tuple[Any, ...]:
+    return (*_context(row), row["attack"], row["seed"])
+
+
+def _by_establishment(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """(rows whose attack was established, the others). It is a property of the victim."""
+    weak = {_victim(row) for row in rows if row["status"] == "not_established"}
+    return (
+        [row for row in rows if _victim(row) not in weak],
+        [row for row in rows if _victim(row) in weak],
+    )
+
+
+def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def measured(row: Row) -> bool:
+    """Whether the row's numbers enter the means: a collapsed model has numbers, and they count."""
+    return row["status"] in ("ok", "collapsed")
+
+
+def is_attacked(row: Row) -> bool:
+    """Whether the row's model was attacked: "none" rows are the clean twin itself."""
+    return bool(row["attack_name"] != "none")
+
+
+# --------------------------------------------------------------------------------------- tables
+
+
+def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line per board, data set, model, recipe and defense; in each group best mean DER first.
+
+    The means are those of `statistics.over_attacks` over the established attacks. `notes` counts
+    what went wrong among the cells that the line should have; no line is left out for it.
+    """
+    strong, weak = _by_establishment(current(rows))
+    expected = {
+        context: {(row["attack"], row["seed"]) for row in group if is_attacked(row)}
+        for context, group in _groups(strong, _context).items()
+    }
+    lines: list[Row] = []
+    everyone = _groups(strong + weak, lambda row: (_context(row), row["defense"]))
+    counting = _groups(filter(is_attacked, strong), lambda row: (_context(row), row["defense"]))
+    for (context, defense), group in everyone.items():
+        counted = counting.get((context, defense), [])
+        done = [row for row in counted if measured(row)]
+        pairs = expected.get(context, set())
+        absent = len(pairs) - len(counted)
+        line = dict(zip(CONTEXT, context, strict=True)) | {"defense": defense}
+        for name in _OUTCOME:
+            values = {(row["attack"], row["seed"]): row[name] for row in done}
+            line |= _spread(name, over_attacks(values))
+        line |= {
+            "attacks": len({row["attack"] for row in done}),
+            "seeds": len({row["seed"] for row in done}),
+            "notes": _notes(counted, len(pairs), absent) if pairs else "no attack was established",
+        }
+        lines.append(line | {name: group[0][name] for name in ("defense_short", "null")})
+    lines.sort(
+        key=lambda line: (
+            *(str(line[name]) for name in CONTEXT),
+            *(_last(line["der"], -1), _last(line["asr"], 1), _last(line["acc"], -1)),
+            line["defense"],
+        )
+    )
+    columns = (*CONTEXT, "defense", *_paired(_OUTCOME), "attacks", "seeds", "notes")
+    return _frame(lines, (*columns, "defense_short", "null"))
+
+
+def cells(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line per data set, model, attack and defense: mean and sd over seeds.
+
+    Attacks that were not established stand apart, in `not_established`.
+    """
+    return _cells(_by_establishment(current(rows))[0])
+
+
+WEAK_VIEW = (
+    *(*CONTEXT, "attack", "defense", "acc", "acc_sd", "asr", "asr_sd", "ra", "ra_sd", "seeds"),
+    *("notes", *_SHORTS),
+)
+"""What is worth reading of `not_established`: a DER would credit defenses for a weak attack."""
+
+
+def not_established(rows: Iterable[Row]) -> pd.DataFrame:
+    """The columns of `cells` for the victims whose attack did not work: shown, never ranked."""
+    return _cells(_by_establishment(current(rows))[1])
+
+
+def _cells(rows: list[Row]) -> pd.DataFrame:
+    lines: list[Row] = []
+    groups = _groups(rows, lambda row: (_context(row), row["attack"], row["defense"]))
+    for (context, attack, defense), group in groups.items():
+        shown = [row for row in group if measured(row) or row["status"] == "not_established"]
+        line = dict(zip(CONTEXT, context, strict=True))
+        line |= {"threat": group[0]["threat"], "attack": attack, "defense": defense}
+        for name in _OUTCOME:
+            line |= _spread(name, summarise(row[name] for row in shown))
+        # why an attack is weak is said once per attack, in `attacks`, not once per defense
+        reasons = all(row["status"] != "not_established" for row in group)
+        line |= {"seeds": len(shown), "notes": _notes(group, len(group), 0, reasons)}
+        lines.append(line | {name: group[0][name] for name in _SHORTS})
+    columns = (*CONTEXT, "threat", "attack", "defense", *_paired(_OUTCOME), "seeds", "notes")
+    return _frame(lines, (*columns, *_SHORTS))
+
+
+def attacks(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line per attack: the victim before any defense, its clean twin, the trigger's stealth.
+
+    `clean_twin_asr` is the share of triggered images that the clean twin already sends to the
+    target: what the trigger does without any backdoor.
+    """
+    chosen = current(rows)
+    weak = {_victim(row) for row in _by_establishment(chosen)[1]}
+    lines: list[Row] = []
+    groups = _groups(filter(is_attacked, chosen), lambda row: (_context(row), row["attack"]))
+    for (context, attack), group in groups.items():
+        victims = _groups(group, _victim)
+        failed = sum(victim in weak for victim in victims)
+        line = dict(zip(CONTEXT, context, strict=True))
+        line |= {"threat": group[0]["threat"], "attack": attack}
+        for name in _VICTIM:  # every defense repeats its victim's numbers: one value per victim
+            firsts = [
+                next((row[name] for row in same if row[name] is not None), None)
+                for same in victims.values()
+            ]
+            line |= _spread(name, summarise(firsts))
+        why = _because(row for row in group if row["status"] == "not_established")
+        note = f"not established {failed} of {len(victims)}{why}" if failed else ""
+        lines.append(
+            line | {"seeds": len(victims), "notes": note, "attack_short": group[0]["attack_short"]}
+        )
+    lines.sort(key=lambda line: (*map(str, _context(line)), line["threat"], line["attack_short"]))
+    columns = (*CONTEXT, "threat", "attack", *_paired(_VICTIM), "seeds", "notes", "attack_short")
+    return _frame(lines, columns)
+
+
+def failures(rows: Iterable[Row]) -> pd.DataFrame:
+    """Every cell that collapsed, failed, timed out or did not apply, with the reason."""
+    fields = (*CONTEXT, "attack", "defense", "seed", "status", "reason", "key", *_SHORTS)
+    lines = [
+        {name: row[name] for name in fields}
+        | {"status": _words(row["status"]), "reason": row["reason"] or "no reason was recorded"}
+        for row in current(rows)
+        if row["status"] not in ("ok", "not_established")
+    ]
+    return _frame(lines, fields)
+
+
+def _notes(rows: list[Row], total: int, absent: int, reasons: bool = False) -> str:
+    counts = Counter(_words(row["status"]) for row in rows if row["status"] != "ok")
+    notes = [f"{status} {count} of {total}" for status, count in sorted(counts.items())]
+    notes += [f"not run {absent} of {total}"] * bool(absent)
+    flags = Counter(flag for row in rows for flag in dict.fromkeys(row["flags"]))
+    notes += [f"{flag} {count} of {total}" for flag, count in sorted(flags.items())]
+    text = ", ".join(notes)
+    return text + _because(rows) if reasons else text
+
+
+def _because(rows: Iterable[Row]) -> str:
+    """ ": the distinct reasons" of rows that are not ok, or nothing."""
+    why = dict.fromkeys(row["reason"] for row in rows if row["status"] != "ok" and row["reason"])
+    return f": {'; '.join(why)}" if why else ""
+
+
+def _words(status: str) -> str:
+    return str(status).replace("_", " ")
+
+
+def _spread(name: str, summary: Summary) -> Row:
+    return {name: summary.mean, f"{name}_sd": summary.sd}
+
+
+def _paired(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(column for name in names for column in (name, f"{name}_sd"))
+
+
+def _last(value: float | None, sign: int) -> tuple[bool, float]:
+    return value is None, 0.0 if value is None else sign * value
+
+
+_FLOATS = {*METRICS, *INTERVALS, *BUDGET}
+
+
+def _frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    floats = [name for name in columns if name.removesuffix("_sd") in _FLOATS]
+    data = {name: [line[name] for line in lines] for name in columns}
+    types = dict.fromkeys(floats, "float64") | dict.fromkeys({*columns} & {"attacks", "seeds"}, int)
+    return pd.DataFrame(data, columns=list(columns), dtype=object).astype(types)
+
+
+def _row_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(list(rows), columns=list(COLUMNS), dtype=object)  # ints stay ints
+
+
+# ----------------------------------------------------------------------------------------- view
+
+_PERCENT = {
+    "acc": "ACC %",
+    "asr": "ASR %",
+    "ra": "RA %",
+    "der": "DER %",
+    "acc_drop": "ACC drop",
+    "twin_acc_drop": "twin drop",
+    "acc_before": "ACC %",
+    "asr_before": "ASR %",
+    "clean_twin_acc": "twin ACC %",
+    "clean_twin_asr": "twin to target %",
+}
+_STEALTH = ("psnr", "ssim", "l2", "linf")  # properties of the trigger: shown without their sd
+_DIGITS = {"psnr": 1, "ssim": 3, "l2": 2, "linf": 3, "seconds": 1}
+_HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "l2": "L2", "linf": "L∞"}
+_COUNTS = ("attacks", "seeds", "seed")
+_TEXTS = ("threat", "attack", "defense", "status", "flags", "reason", "notes")
+_ROW_VIEW = (
+    *("attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds"),
+    *("status", "flags", "reason"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rounded table entry; `value` is what it sorts by (None: not measured)."""
+
+    text: str
+    sd: str = ""
+    value: float | str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.text} ± {self.sd}" if self.sd else self.text
+
+
+@dataclass(frozen=True)
+class View:
+    """A table as people read it: percent with one decimal, the constant context as its title."""
+
+    title: str
+    names: tuple[str, ...]  # columns of the frame
+    headings: tuple[str, ...]
+    numeric: tuple[bool, ...]
+    lines: tuple[tuple[Entry, ...], ...]
+    null: tuple[bool, ...]  # which lines are null methods
+
+
+def view(frame: pd.DataFrame) -> View:
+    """The readable form of a frame of this module. Context that never varies becomes the title."""
+    records = _records(frame)
+    constant = [
+        name
+        for name in CONTEXT
+        if name in frame and records and len({str(record[name]) for record in records}) == 1
+    ]
+    names = [
+        name
+        for name in frame.columns
+        if (name in CONTEXT and name not in constant)
+        or name in _PERCENT
+        or name in _DIGITS
+        or name in _COUNTS
+        or name in _TEXTS
+    ]
+    optional = ("threat", "flags", "reason", "notes")
+    hidden = {name for name in optional if not any(record.get(name) for record in records)}
+    names = [name for name in names if name not in hidden]
+    return View(
+        title=context_title({name: records[0][name] for name in constant}) if records else "",
+        names=tuple(names),
+        headings=tuple(_PERCENT.get(name) or _HEADINGS.get(name, name) for name in names),
+        numeric=tuple(name in _PERCENT or name in _DIGITS or name in _COUNTS for name in names),
+        lines=tuple(tuple(_entry(record, name) for name in names) for record in records),
+        null=tuple(bool(record.get("null")) for record in records),
+    )
+
+
+def context_title(context: Mapping[str, Any]) -> str:
+    """ "quickstart v1 · signs · fastnet · fast" of the context columns given."""
+    parts = [str(context[name]) for name in CONTEXT if name in context and name != "version"]
+    if "version" in context:
+        parts[:1] = [f"{' '.join(parts[:1])} v{context['version']}".strip()]
+    return " · ".join(map(clean_text, parts))
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with one decimal, the dash where it is None."""
+    return MISSING if value is None else _decimal(100 * value, 1)
+
+
+def clean_text(value: Any) -> str:
+    """`value` on one line: white space becomes one space, unprintable characters U+FFFD."""
+    text = " ".join(str(value).split())
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def _decimal(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.0"
+
+
+def _entry(record: Mapping[str, Any], name: str) -> Entry:
+    value = record[name]
+    if name in _PERCENT or name in _DIGITS:
+        if value is None:
+            return Entry(MISSING)
+        scale, digits = (100, 1) if name in _PERCENT else (1, _DIGITS[name])
+        sd = record.get(f"{name}_sd")
+        spread = "" if sd is None or name in _STEALTH else _decimal(scale * sd, digits)
+        return Entry(_decimal(scale * value, digits), spread, value)
+    if name in ("attack", "defense"):
+        value = record.get(f"{name}_short", value)
+        value = f"{value} (null)" if name == "defense" and record.get("null") else value
+    if name in _COUNTS:
+        return Entry(clean_text(value), value=value)
+    text = clean_text(", ".join(value) if isinstance(value, list) else value)
+    return Entry(text, value=text)
+
+
+def _records(frame: pd.DataFrame) -> list[Row]:
+    """The frame's lines with plain Python values, NaN as None."""
+    columns = [frame[name].astype(object).tolist() for name in frame.columns]
+    return [
+        dict(zip(frame.columns, map(_plain, line), strict=True))
+        for line in zip(*columns, strict=True)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
+# -------------------------------------------------------------------------------------- formats
+
+
+def render(table: pd.DataFrame | Sequence[Row], format: str) -> str | Table | Text:
+    """`table`, a frame of this module or flat rows, as text in one of `FORMATS`.
+
+    md and latex are rounded for people, csv and json exact for scripts. "table" is no text but a
+    rich renderable, so that it takes the terminal's width. Raises ValueError for other formats.
+    """
+    if format not in FORMATS:
+        near = get_close_matches(format, FORMATS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(FORMATS)}"
+        raise ValueError(f"no table format is called {format!r}; {hint}")
+    is_rows = isinstance(table, Sequence)
+    frame = _row_frame(table) if isinstance(table, Sequence) else table
+    if format == "csv":
+        return _csv(frame)
+    if format == "json":
+        return json.dumps(_records(frame), indent=1, allow_nan=False) + "\n"
+    shown = view(frame[[*CONTEXT, *_ROW_VIEW, *_SHORTS]] if is_rows else frame)
+    return {"md": markdown, "latex": latex, "table": _rich}[format](shown)
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    lists = {"flags"} & set(frame.columns)
+    frame = frame.assign(**{name: frame[name].map(" ".join) for name in lists})
+    text: str = frame.to_csv(index=False, lineterminator="\n")
+    return text
+
+
+def markdown(shown: View) -> str:
+    """A GitHub table under its title."""
+    from tabulate import tabulate
+
+    title = f"**{escape_markdown(shown.title)}**\n\n" if shown.title else ""
+    if not shown.lines:
+        return f"{title}No rows.\n"
+    body = [[escape_markdown(str(entry)) for entry in line] for line in shown.lines]
+    align = ["right" if numeric else "left" for numeric in shown.numeric]
+    headings = list(map(escape_markdown, shown.headings))
+    text = tabulate(body, headings, tablefmt="pipe", colalign=align, disable_numparse=True)
+    return f"{title}{text}\n"
+
+
+def latex(shown: View) -> str:
+    """A booktabs table; the preamble needs \\usepackage{booktabs}."""
+    if not shown.lines:
+        return "% no rows\n"
+    spec = "".join("r" if numeric else "l" for numeric in shown.numeric)
+    lines = [
+        " & ".join(
+            _latex_entry(entry, numeric) for entry, numeric in zip(line, shown.numeric, strict=True)
+        )
+        for line in shown.lines
+    ]
+    return "\n".join(
+        [
+            "\\begin{table}",
+            "\\centering",
+            f"\\caption{{{escape_latex(shown.title)}}}",
+            f"\\begin{{tabular}}{{{spec}}}",
+            "\\toprule",
+            " & ".join(map(escape_latex, shown.headings)) + " \\\\",
+            "\\midrule",
+            *(f"{line} \\\\" for line in lines),
+            "\\bottomrule",
+            "\\end{tabular}",
+            "\\end{table}",
+            "",
+        ]
+    )
+
+
+def _latex_entry(entry: Entry, numeric: bool) -> str:
+    if numeric and isinstance(entry.value, int | float):
+        return f"${str(entry).replace('±', chr(92) + 'pm')}$"
+    return escape_latex(str(entry))
+
+
+def _rich(shown: View) -> Table | Text:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not shown.lines:
+        return Text("No rows.")
+    table = Table(title=Text(shown.title), header_style="bold", title_justify="left")
+    for heading, numeric in zip(shown.headings, shown.numeric, strict=True):
+        table.add_column(Text(heading), justify="right" if numeric else "left", no_wrap=numeric)
+    for line, null in zip(shown.lines, shown.null, strict=True):
+        table.add_row(*(Text(str(entry)) for entry in line), style="dim" if null else "")
+    return table
+
+
+_MARKDOWN = re.compile(r"[\\|*`\[\]~$#]|(?<!\w)_|_(?!\w)")  # random_prune keeps its underscore
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+    "–": "--",
+    "∞": "$\\infty$",
+    "·": "$\\cdot$",
+    "±": "$\\pm$",
+    **{letter: f"{{{letter}}}" for letter in "[]*"},  # after \\ they would be its arguments
+}
+
+
+def escape_markdown(text: str) -> str:
+    safe = "".join(_HTML.get(letter, letter) for letter in clean_text(text))
+    return _MARKDOWN.sub(lambda found: "\\" + found.group(), safe)
+
+
+def escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in clean_text(text))

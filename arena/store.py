@@ -1,0 +1,312 @@
+"""Content-addressed results on disk: artifacts (safetensors), one JSON record per cell.
+
+    STORE/artifacts/ab/abcd…/   weights.safetensors …, meta.json with a sha256 per file
+    STORE/records/abcd….json    one per cell, with a checksum over itself
+    STORE/boards/NAME@V.json    which cells a board consists of
+    STORE/scratch/abcd…/        checkpoints and job files of work under way
+    STORE/damaged/              what failed its checksum; set aside, never deleted
+    STORE/locks/                one lock per key: several runners may share a store
+
+Everything is written under a temporary name and renamed, so a reader sees all of it or none. A
+lock dies with the process that holds it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arena.core.registry import BadInput
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+    from torch import Tensor
+
+log = logging.getLogger("arena")
+
+FORMAT = 1  # of the folder layout; a store of another format is refused, never rewritten
+
+
+class DiskFull(OSError):
+    """The disk is full; nothing half-written was left."""
+
+
+def digest(value: object) -> str:
+    """sha256 (hex) of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write under a temporary name beside `path`, then rename. Raises DiskFull."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _explained(error, path) from error
+
+
+def _explained(error: OSError, path: Path) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(error.errno, f"the disk that holds {path.parent} is full")
+    return error
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact: its folder and what its meta.json says."""
+
+    folder: Path
+    meta: dict[str, Any]
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_tensors(self.path(name))
+
+    def sha256(self, name: str) -> str:
+        return str(self.meta["files"][f"{name}.safetensors"])
+
+
+class Store:
+    """See the module's docstring. Opening creates nothing; the first write makes the folders."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).expanduser()
+        if self.root.exists() and not self.root.is_dir():
+            raise BadInput(f"The store {str(root)!r} is a file; name a folder.")
+        marker = self.root / "store.json"
+        if marker.exists():
+            try:
+                found = json.loads(marker.read_text())["format"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise BadInput(f"{marker} is damaged; write {{\"format\": {FORMAT}}}.") from error
+            if found != FORMAT:
+                raise BadInput(
+                    f"The store {str(root)!r} has format {found}, this version reads {FORMAT}; "
+                    "name another folder with --store."
+                )
+
+    def create(self) -> None:
+        """Make the folders. Raises BadInput where that is not possible."""
+        try:
+            for name in ("artifacts", "records", "boards", "scratch", "damaged", "locks"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            if not (self.root / "store.json").exists():
+                write_atomically(self.root / "store.json", json.dumps({"format": FORMAT}))
+        except DiskFull:
+            raise
+        except OSError as error:
+            raise BadInput(
+                f"The store {str(self.root)!r} cannot be written ({error.strerror}); "
+                "name another folder with --store."
+            ) from error
+
+    # -------------------------------------------------------------------------------- artifacts
+
+    def _folder(self, key: str) -> Path:
+        return self.root / "artifacts" / key[:2] / key
+
+    def has(self, key: str) -> bool:
+        """Whether the artifact is there (not yet whether it is sound: `artifact` tells)."""
+        return (self._folder(key) / "meta.json").is_file()
+
+    def artifact(self, key: str) -> Artifact | None:
+        """The artifact after checking every file's sha256; a damaged one is said, set aside and
+        reported as absent, so that it is computed again."""
+        folder = self._folder(key)
+        if not folder.is_dir():
+            return None
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            for name, expected in meta["files"].items():
+                if file_sha256(folder / name) != expected:
+                    raise ValueError(f"{name} does not have its checksum")
+            if meta["checksum"] != digest({k: v for k, v in meta.items() if k != "checksum"}):
+                raise ValueError("meta.json does not have its checksum")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._set_aside(folder, error)
+            return None
+        return Artifact(folder, meta)
+
+    def save(
+        self, key: str, parts: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+    ) -> Artifact:
+        """Write an artifact: one safetensors file per part, then the folder appears at once."""
+        from safetensors.torch import save_file
+
+        temporary = self.root / "artifacts" / f".new-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
+        try:
+            files = {}
+            for name, tensors in parts.items():
+                path = temporary / f"{name}.safetensors"
+                save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path)
+                files[path.name] = file_sha256(path)
+            body = {**meta, "files": files}
+            write_atomically(
+                temporary / "meta.json",
+                json.dumps({**body, "checksum": digest(body)}, indent=1, sort_keys=True),
+            )
+            folder = self._folder(key)
+            folder.parent.mkdir(exist_ok=True)
+            if folder.exists():
+                self._set_aside(folder, ValueError("it is being replaced"))
+            temporary.rename(folder)
+        except OSError as error:
+            raise _explained(error, temporary) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        artifact = self.artifact(key)
+        assert artifact is not None
+        return artifact
+
+    def _set_aside(self, path: Path, why: Exception) -> None:
+        aside = self.root / "damaged" / f"{path.name}-{uuid.uuid4().hex[:8]}"
+        aside.parent.mkdir(exist_ok=True)
+        try:
+            path.rename(aside)
+        except FileNotFoundError:  # another runner noticed first
+            return
+        log.warning("%s is damaged (%s): set aside in %s, will be computed again.", path, why, aside)
+
+    # ---------------------------------------------------------------------------------- records
+
+    def _record_path(self, key: str) -> Path:
+        return self.root / "records" / f"{key}.json"
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """The cell's record, or None when absent or damaged (then said and set aside)."""
+        return self._read_record(self._record_path(key))
+
+    def _read_record(self, path: Path) -> dict[str, Any] | None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            self._set_aside(path, error)
+            return None
+        try:
+            record = json.loads(text)
+            checksum = record.pop("checksum")
+            if checksum != digest(record) or record["key"] != path.stem:
+                raise ValueError("it does not have its checksum")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._set_aside(path, error)
+            return None
+        return dict(record)
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        body = {**record, "checksum": digest(record)}
+        write_atomically(
+            self._record_path(record["key"]), json.dumps(body, indent=1, sort_keys=True) + "\n"
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """All sound records, in the order of their keys."""
+        paths = sorted((self.root / "records").glob("*.json"))
+        return [record for path in paths if (record := self._read_record(path)) is not None]
+
+    def find(self, prefix: str) -> dict[str, Any]:
+        """The record whose key starts with `prefix`. Raises BadInput unless there is just one."""
+        keys = [path.stem for path in sorted((self.root / "records").glob("*.json"))]
+        found = [key for key in keys if key.startswith(prefix.lower())]
+        if not found or not prefix:
+            raise BadInput(
+                f"There is no cell {prefix!r} in {str(self.root)!r}; `arena results` lists the keys."
+            )
+        if len(found) > 1:
+            raise BadInput(
+                f"{prefix!r} stands for {len(found)} cells, {found[0][:12]} and {found[1][:12]} "
+                "among them; give more letters."
+            )
+        record = self.record(found[0])
+        if record is None:
+            raise BadInput(f"The record of cell {found[0][:12]} is damaged; run its board again.")
+        return record
+
+    # ----------------------------------------------------------------------------------- boards
+
+    def write_board(self, name: str, version: int, body: Mapping[str, Any]) -> None:
+        path = self.root / "boards" / f"{name}@{version}.json"
+        write_atomically(path, json.dumps({**body, "checksum": digest(body)}, indent=1) + "\n")
+
+    def boards(self) -> list[dict[str, Any]]:
+        """The boards that were run here: name, version, definition, command and cell keys."""
+        found = []
+        for path in sorted((self.root / "boards").glob("*.json")):
+            try:
+                body = json.loads(path.read_text(encoding="utf-8"))
+                if body.pop("checksum") != digest(body):
+                    raise ValueError("it does not have its checksum")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self._set_aside(path, error)
+                continue
+            found.append(body)
+        return found
+
+    # ----------------------------------------------------------------------- locks and work space
+
+    def lock(self, key: str) -> FileLock:
+        """A lock on `key` between processes; not yet taken. It dies with its holder."""
+        from filelock import FileLock
+
+        return FileLock(self.root / "locks" / f"{key}.lock", thread_local=False)
+
+    def scratch(self, key: str) -> Path:
+        """The work folder of `key`; only the holder of its lock may use it."""
+        folder = self.root / "scratch" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def clear_scratch(self, key: str) -> None:
+        shutil.rmtree(self.root / "scratch" / key, ignore_errors=True)
+
+    def free_bytes(self) -> int:
+        folder = self.root
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, written atomically."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _explained(error, path) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
