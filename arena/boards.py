@@ -154,3 +154,16 @@ def _typed(key: str, value: Any, kind: str, where: str) -> Any:
 
 def _words(kinds: tuple[type, ...]) -> str:
     return {str: "a word", int: "a whole number"}[kinds[0]] if len(kinds) == 1 else "a number"
+
+
+QUICKSTART = Board(
+    name="quickstart",
+    title="Backdoor Arena: quickstart on the embedded signs",
+    dataset=("signs",),
+    model=("fastnet_small",),
+    attack=("patch", "blend"),
+    # The rate decides what fine-tuning does to a backdoor, so it stands there twice.
+    defense=("finetune", "finetune:lr=0.01", "fine_pruning"),
+    seed=(0,),
+    recipe="fast",
+)

@@ -190,7 +190,7 @@ class Store:
             path.rename(aside)
         except FileNotFoundError:  # another runner noticed first
             return
-        log.warning("%s is damaged (%s): set aside in %s, will be computed again.", path, why, aside)
+        log.warning("%s is damaged (%s): set aside in %s, computed again.", path, why, aside)
 
     # ---------------------------------------------------------------------------------- records
 
@@ -236,7 +236,7 @@ class Store:
         found = [key for key in keys if key.startswith(prefix.lower())]
         if not found or not prefix:
             raise BadInput(
-                f"There is no cell {prefix!r} in {str(self.root)!r}; `arena results` lists the keys."
+                f"There is no cell {prefix!r} in {str(self.root)!r}; see `arena results`."
             )
         if len(found) > 1:
             raise BadInput(

@@ -285,8 +285,21 @@ def test_only_what_is_executed_counts_for_the_code_hash(tmp_path, monkeypatch):
     one = hash_of(tmp_path, monkeypatch, '"""Doc."""\ndef f():\n    """Doc."""\n    return 1\n')
     same = hash_of(tmp_path, monkeypatch, "# note\ndef f():\n\n    return 1  # one\n")
     other = hash_of(tmp_path, monkeypatch, "def f():\n    return 2\n")
-    deeper = hash_of(
-        tmp_path, monkeypatch, "from arena.core import seeding\ndef f():\n    return 1\n"
-    )
     assert one == same
-    assert len({one, other, deeper}) == 3
+    assert one != other
+
+
+def test_the_code_hash_follows_the_arena_modules_that_are_imported(tmp_path, monkeypatch):
+    body, imported, real = (
+        "from arena.core import seeding\n",
+        tmp_path / "own.py",
+        registry._file_of,
+    )
+    hashes = []
+    for line in ("SEED = 1\n", "SEED = 2\n"):
+        imported.write_text(line, encoding="utf-8")
+        monkeypatch.setattr(
+            registry, "_file_of", lambda m: imported if m == "arena.core.seeding" else real(m)
+        )
+        hashes.append(hash_of(tmp_path, monkeypatch, body))
+    assert hashes[0] != hashes[1]

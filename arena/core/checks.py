@@ -33,7 +33,7 @@ FLAGS = {
         ),
         Flag(
             "collapsed",
-            "The repaired model lost more than 10 points of accuracy, or gives most images one class.",
+            "The repair cost more than 10 points of accuracy, or most images now get one class.",
             "A low ASR means nothing here; lower the learning rate or prune less.",
         ),
         Flag(

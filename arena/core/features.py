@@ -16,11 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arena.core.contracts import Images
 from arena.core.models import LEVELS, Classifier
-
-
-def to_float(x: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [0, 1]."""
-    return x.to(torch.float32) / 255
+from arena.core.training import to_float
 
 
 def level_module(model: Classifier, level: str) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from arena.core.contracts import ImageMap, Images, Poisoned, Trigger
 from arena.core.registry import BadInput
 
-_BATCH_VALUES = 2**19  # pixel values of a batch: it stays in the cache, and bounds the memory
+_BATCH_VALUES = 2**20  # pixel values of a batch: it stays in the cache, and bounds the memory
 
 
 # ------------------------------------------------------------------------------------ the images
@@ -25,7 +25,7 @@ def stamp(x: Tensor, image_map: ImageMap, *, batch: int | None = None) -> Tensor
     """`image_map` over stored images: (N, C, H, W) uint8 -> the same, rounded to 8 bits.
 
     The map sees float32 batches in [0, 1] on x's device; values that it pushes out of [0, 1] are
-    clipped. batch: images per call; by default as many as make about half a million pixel values.
+    clipped. batch: images per call; by default as many as make about a million pixel values.
     Raises ValueError where the map changes the shape or gives NaN.
     """
     if x.dtype != torch.uint8:

@@ -172,8 +172,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [0, 1]."""
-    return x.float().div_(255)
+    """uint8 in [0, 255] -> float32 in [0, 1]."""
+    return x.to(torch.float32, copy=True).div_(255)
 
 
 def split(images: Images, share: float, rng: Generator) -> tuple[Images, Images]:

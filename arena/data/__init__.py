@@ -6,6 +6,7 @@ are imported by the first `load`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ class Dataset:
     classes: tuple[str, ...]
     fingerprint: str  # sha256 (hex) over pixels, labels and class count
     source: str  # where it came from
+    files: Mapping[str, Mapping[str, str]]  # split -> {"x": file, "y": file}: the mapped .npy files
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -81,6 +83,10 @@ def load(
         classes=entry.classes,
         fingerprint=entry.fingerprint,
         source=entry.source,
+        files={
+            split: {part: str(entry.folder / f"{split}_{part}.npy") for part in ("x", "y")}
+            for split in splits
+        },
     )
 
 

@@ -51,6 +51,7 @@ class Entry:
     source: str
     fingerprint: str
     arrays: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]  # split -> (x, y)
+    folder: Path  # with {split}_x.npy and {split}_y.npy in it
 
 
 def directory(cache_dir: Path | str | None) -> Path:
@@ -129,7 +130,9 @@ def _open(folder: Path, name: str, quiet: bool = False) -> Entry | None:
             )
             for split in SPLITS
         }
-        return Entry(tuple(meta["classes"]), meta["source"], meta["fingerprint"], arrays)
+        return Entry(
+            tuple(meta["classes"]), meta["source"], meta["fingerprint"], arrays, folder
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if not quiet:
             _log.warning(

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import multiprocessing as mp
 import os
+import signal
 import sys
 import threading
 import time
@@ -55,7 +56,8 @@ class Interrupted(BaseException):
     """The run was stopped while a worker was at work."""
 
 
-def context() -> mp.context.BaseContext:
+def context() -> Any:
+    """How workers start: from a fork server where there is one, else spawned."""
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
     made = mp.get_context("forkserver")
@@ -71,17 +73,19 @@ def run(
     on_event: Event | None = None,
     stop: Stop | None = None,
     answer: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    work: Work | None = None,
 ) -> dict[str, Any]:
     """Do `job` in a worker process and return its result.
 
     job: what the worker gets, JSON-like; tensors travel as files.
+    work: a function at the top of a module that does it; None: the worker's own for job["job"].
     answer: replies to a worker that asks for something (an attack asks for the images to stamp
         only when its victim is trained).
     Raises Failed (an error, a death, a timeout), Refused, Interrupted.
     """
     ours, theirs = mp.Pipe()
     process = context().Process(
-        target=_main, args=(theirs, dict(job), str(logfile)), name="arena-worker", daemon=True
+        target=_main, args=(theirs, dict(job), str(logfile), work), name="arena-worker", daemon=True
     )
     started = time.monotonic()
     process.start()
@@ -122,8 +126,6 @@ def run(
 
 def _death(code: int | None) -> str:
     if code is not None and code < 0:
-        import signal
-
         name = signal.Signals(-code).name
         hint = ", most likely for want of memory" if name == "SIGKILL" else ""
         return f"its process was killed by {name}{hint}"
@@ -153,7 +155,7 @@ class Line:
 
     def progress(self, what: str, done: float, total: float, figures: dict[str, float]) -> None:
         now = time.monotonic()
-        if figures or done >= total or now - self._last >= QUIET:
+        if figures or 0 < total <= done or now - self._last >= QUIET:
             self._last = now
             self.send("progress", what=what, done=done, total=total, figures=figures)
 
@@ -166,11 +168,15 @@ class Line:
         return self._connection.recv()
 
 
-def _main(connection: Connection, job: dict[str, Any], logfile: str) -> None:
+Work = Callable[[Mapping[str, Any], Line], dict[str, Any]]
+
+
+def _main(connection: Connection, job: dict[str, Any], logfile: str, work: Work | None) -> None:
     """A worker's life: redirect output, do the job, answer, end."""
     stream = open(logfile, "ab", buffering=0)  # noqa: SIM115 - lives as long as the process
     for number in (1, 2):
         os.dup2(stream.fileno(), number)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle
     _die_with_runner()
     keep_freed_memory()
     from arena.core import progress
@@ -179,14 +185,13 @@ def _main(connection: Connection, job: dict[str, Any], logfile: str) -> None:
     line = Line(connection)
     try:
         with progress.listening(line.progress):
-            result = worker.JOBS[job["job"]](job, line)
+            result = (work or worker.JOBS[job["job"]])(job, line)
+        line.send("result", result=result)
     except Refused as error:
         line.send("refused", reason=str(error))
     except BaseException as error:  # whatever a method does, its cell gets a reason
         traceback.print_exc()
         line.send("error", reason=explain(error), details=traceback.format_exc()[-4000:])
-    else:
-        line.send("result", result=result)
     finally:
         sys.stdout.flush()
         connection.close()
@@ -205,14 +210,14 @@ def explain(error: BaseException) -> str:
 def _die_with_runner() -> None:
     """End this process when the runner ends, however it ends.
 
-    The worker's parent is the fork server, so the runner's process is watched by number; the pipe
-    cannot tell while the worker is busy.
+    The worker's parent is the fork server and the line is silent while the worker is busy, so the
+    runner's own sentinel is watched.
     """
-    server = os.getppid()
+    runner = mp.parent_process()
+    assert runner is not None
 
     def watch() -> None:
-        while os.getppid() == server:
-            time.sleep(0.5)
+        runner.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -10,17 +10,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from arena.core import metrics, models, poisoning, training
-from arena.core.contracts import BatchHook, ControlsTraining, Fit, Images, LossHook
+from arena.core.contracts import ControlsTraining, Images
 from arena.core.registry import BadInput, attacks, defenses
 from arena.core.seeding import stream
+from arena.core.victims import bound
 from arena.referee.isolate import Line, Refused
 from arena.store import load_tensors, save_tensors
 
@@ -32,6 +34,10 @@ def read_split(files: Mapping[str, str]) -> Images:
     """A data split from its .npy files; nothing is loaded until used, nothing written back."""
     x, y = (torch.from_numpy(np.load(files[name], mmap_mode="c")) for name in ("x", "y"))
     return Images(x, y)
+
+
+def _checkpoint(folder: Path, call: int) -> FileCheckpoint:
+    return FileCheckpoint(folder / f"training-{call}.pt")
 
 
 class FileCheckpoint:
@@ -58,45 +64,6 @@ class FileCheckpoint:
         self.saved = time.monotonic()
 
 
-def trainer(job: Job, device: torch.device, checkpoints: Path) -> Fit:
-    """`fit` with the board's model, recipe and device bound, as an attacker may call it."""
-    calls = 0
-    name, classes, shape = job["model"], job["classes"], tuple(job["shape"])
-    plan = training.recipe(job["recipe"], models.info(name).overrides.get(job["recipe"]))
-
-    def fit(
-        data: Images,
-        *,
-        rng: Generator,
-        init: nn.Module | None = None,
-        on_batch: BatchHook | None = None,
-        extra_loss: LossHook | None = None,
-        carry: Mapping[str, Any] | None = None,
-        **changes: Any,
-    ) -> nn.Module:
-        nonlocal calls
-        checkpoint = FileCheckpoint(checkpoints / f"training-{calls}.pt")
-        calls += 1
-        model: nn.Module
-        if init is None:
-            model = models.build(name, classes, shape, stream(job["seed"], "init"))
-            models.calibrate(model, data)
-        else:
-            model = init
-        return training.fit(
-            model.to(device),
-            data,
-            training.changed(plan, changes),
-            rng,
-            on_batch=on_batch,
-            extra_loss=extra_loss,
-            carry=carry,
-            checkpoint=checkpoint,
-        )
-
-    return fit
-
-
 def attack(job: Job, line: Line) -> dict[str, Any]:
     """Poison, train the victim, then stamp the test images that the runner hands over."""
     device, folder = _start(job), Path(job["folder"])
@@ -109,7 +76,10 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
         raise Refused(str(error)) from error
     trigger = method.prepare(train, stream(seed, "prepare"))
     poisoned = method.poison(train, trigger, stream(seed, "poison"))
-    fit = trainer(job, device, Path(job["scratch"]))
+    shape, classes = tuple(job["shape"]), int(job["classes"])
+    plan = training.recipe(job["recipe"], models.info(job["model"]).overrides.get(job["recipe"]))
+    checkpoints = partial(_checkpoint, Path(job["scratch"]))
+    fit = bound(job["model"], classes, shape, plan, seed, device, checkpoints)
     if isinstance(method, ControlsTraining):
         model, trigger = method.train(fit, poisoned, trigger, stream(seed, "train"))
     else:
@@ -187,6 +157,11 @@ def measure(job: Job, line: Line) -> dict[str, Any]:
                 "clean_twin_ra": metrics.ra(seen, test.y, counted),
             }
             out["stealth"] = stealth(test.x[counted], triggered[counted])
+            rows = shown_rows(test.y, counted)
+            save_tensors(
+                Path(job["folder"]) / "gallery.safetensors",
+                {"rows": rows, "y": test.y[rows], "clean": test.x[rows], "triggered": triggered[rows]},
+            )
     save_tensors(Path(job["folder"]) / "predictions.safetensors", predictions)
     return out
 
@@ -200,6 +175,14 @@ def stealth(clean: Tensor, triggered: Tensor, limit: int = 2000) -> dict[str, fl
         "l2": metrics.l2(one, two),
         "linf": metrics.linf(one, two),
     }
+
+
+def shown_rows(y: Tensor, counted: Tensor, limit: int = 8) -> Tensor:
+    """(K,) rows for the pictures: the first triggered image of each class, then the next ones."""
+    rows = counted.nonzero().flatten()
+    firsts = [int(rows[y[rows] == c][0]) for c in y[rows].unique()]
+    rest = [int(row) for row in rows[: limit + len(firsts)] if int(row) not in set(firsts)]
+    return torch.tensor((firsts + rest)[:limit])
 
 
 def _answers(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -23,7 +23,7 @@ WHITEN_EPS = 5e-4  # variance floor of the whitening, in normalised units
 
 
 class Group(nn.Module):
-    """Convolution, pooling, norm, ReLU, convolution, norm, ReLU: (N, I, S, S) -> (N, O, S/2, S/2)."""
+    """Convolution, pooling, norm, ReLU, convolution, norm, ReLU; halves the side (rounded up)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

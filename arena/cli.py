@@ -1,0 +1,529 @@
+"""The command line: a thin skin that parses, calls one function and prints.
+
+Exit codes: 0 done, 1 some cells failed, 2 bad input (one sentence on standard error, nothing
+written), 130 stopped by the user. Heavy modules are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from arena.core.registry import BadInput, nearest
+
+if TYPE_CHECKING:
+    from arena.boards import Board
+    from arena.runner import Plan, Runner, Summary
+    from arena.store import Store
+
+UsageError = typer.BadParameter.__mro__[1]  # typer brings its own copy of click
+
+app = typer.Typer(
+    name="arena",
+    help="Backdoor attacks on image classifiers against the defenses that claim to remove them.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+leaderboard_app = typer.Typer(no_args_is_help=True, help="Build leaderboards from a store.")
+app.add_typer(leaderboard_app, name="leaderboard")
+
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", envvar="ARENA_STORE", help="Folder of artifacts and records."),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        envvar="ARENA_DATA_DIR",
+        help="Folder with one folder per data set (Parquet files); without it the hub is asked.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def main() -> None:
+    """The console script: turns every kind of bad input into one sentence and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="arena: %(message)s")
+    try:
+        code = app(standalone_mode=False)
+    except BadInput as error:
+        sys.exit(_complain(str(error)))
+    except UsageError as error:
+        sys.exit(_complain(_usage(error)))
+    except (KeyboardInterrupt, typer.Abort):
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
+    except OSError as error:
+        if type(error).__name__ != "DiskFull":
+            raise
+        sys.exit(_complain(f"{error.strerror}; make room and run the same command again."))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(sentence: str) -> int:
+    print(f"arena: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _usage(error: Any) -> str:
+    """One sentence for a wrong option or command, with the nearest valid one."""
+    import difflib
+
+    message = " ".join(error.format_message().split())
+    wrong = message.partition("'")[2].partition("'")[0] or message.rpartition(": ")[2].rstrip(".")
+    context = getattr(error, "ctx", None)
+    if context is not None and message.startswith("No such"):
+        command = context.command
+        names = list(getattr(command, "commands", {}))
+        if message.startswith("No such option"):
+            names = [o for p in command.params for o in getattr(p, "opts", ())]
+            message = f"{context.command_path} has no option {wrong!r}"
+        else:
+            message = f"There is no command {wrong!r}"
+        near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"see `{context.command_path} --help`"
+        return f"{message}; {hint}"
+    return message
+
+
+# ------------------------------------------------------------------------------------ running
+
+
+@app.command()
+def quickstart(
+    store: StoreOption = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Train, attack, repair and rank on the embedded data set; a few minutes without a GPU."""
+    from arena.boards import QUICKSTART
+
+    _run(QUICKSTART, store or Path("runs/quickstart"), device, 1, None, False, False)
+
+
+@app.command()
+def run(
+    board: Annotated[Path | None, typer.Argument(help="A board.toml; or use the flags.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", "-d", help="A data set; may be repeated.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="A network; may be repeated.")
+    ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option("--attack", "-a", help="NAME or NAME:field=value,…; may be repeated."),
+    ] = None,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option("--defense", "-D", help="NAME or NAME:field=value,…; may be repeated."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", "-s", help="A seed; may be repeated.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
+    clean_share: Annotated[
+        float | None, typer.Option(help="The defender's share of the training set, in (0, 1].")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that one method may take.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Methods that run side by side.")] = 1,
+    data_dir: DataDirOption = None,
+    store: StoreOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a board, or every combination of the flags. Run again, it goes on where it stopped."""
+    from arena.boards import Board, board_from, read_board
+
+    given = {
+        "dataset": dataset,
+        "model": model,
+        "attack": attack,
+        "defense": defense,
+        "seed": seed,
+        "recipe": recipe,
+        "clean_share": clean_share,
+        "timeout": timeout,
+    }
+    flags = {key: value for key, value in given.items() if value is not None and value != []}
+    if board is not None:
+        changed = sorted(set(flags) - {"timeout"})
+        if changed:
+            raise BadInput(
+                f"A board fixes its matrix, so --{changed[0].replace('_', '-')} cannot be given "
+                "with it; leave the board out or edit its file."
+            )
+        chosen: Board = read_board(board)
+    else:
+        chosen = board_from(flags, "the command line")
+    folder = store or Path("runs") / chosen.name
+    raise typer.Exit(_run(chosen, folder, device, workers, data_dir, dry_run, as_json))
+
+
+def _run(
+    board: Board,
+    folder: Path,
+    device: str,
+    workers: int,
+    data_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    from arena.boards import check_names
+    from arena.store import Store
+
+    check_names(board)  # before torch and the data are loaded
+    store = Store(folder)
+    from arena.runner import Runner, make_plan
+
+    where = _device(device)
+    with _status("loading the data", quiet=as_json):
+        plan = make_plan(board, data_dir)
+    command = "arena " + " ".join(_quoted(word) for word in sys.argv[1:])
+    runner = Runner(plan, store, where, workers, command=command)
+    if dry_run:
+        _print_plan(runner, as_json)
+        return 0
+    summary = _watched(runner, quiet=as_json)
+    return _close(plan, store, summary, as_json)
+
+
+def _quoted(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+def _device(name: str) -> str:
+    """A torch device that exists. Raises BadInput."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise BadInput(f"There is no device {name!r}; {nearest(name, ('auto', 'cpu', 'cuda'))}.")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise BadInput(f"--device {name}: no GPU can be used here; `--device cpu` works.")
+        if index and int(index) >= count:
+            raise BadInput(f"--device {name}: there are {count} GPUs; the last is cuda:{count - 1}.")
+    return name
+
+
+@contextmanager
+def _status(what: str, quiet: bool) -> Iterator[None]:
+    """A progress bar for work that reports through arena.core.progress, such as decoding."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from arena.core import progress
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what, total=None)
+
+        def show(what: str, done: float, total: float, figures: dict[str, float]) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        with progress.listening(show):
+            yield
+
+
+def _watched(runner: Runner, quiet: bool) -> Summary:
+    """Run with two bars (the matrix with its time left, the work at hand), or plain lines."""
+    from arena.watch import Bars, Lines
+
+    if quiet:
+        return runner.run()
+    show: Bars | Lines = Bars() if sys.stderr.isatty() else Lines()
+    with show:
+        runner.listener = show.on_event
+        return runner.run()
+
+
+def _print_plan(runner: Runner, as_json: bool) -> None:
+    from arena.report.tables import clean_text
+    from arena.watch import duration
+
+    estimates = runner.estimate()
+    victims, cells = runner.todo()
+    trained = {v.key for v in victims}
+    open_cells = {c.key for c in cells}
+    lines = [
+        {
+            "kind": "victim",
+            "name": v.name,
+            "model": v.setting.model,
+            "cached": v.key not in trained,
+            "seconds": round(estimates[v.key].seconds, 1) if v.key in estimates else 0.0,
+            "key": v.key,
+        }
+        for v in runner.plan.victims
+    ] + [
+        {
+            "kind": "cell",
+            "name": c.name,
+            "model": c.victim.setting.model,
+            "cached": c.key not in open_cells,
+            "seconds": round(estimates[c.key].seconds, 1) if c.key in estimates else 0.0,
+            "key": c.key,
+        }
+        for c in runner.plan.cells
+    ]
+    seconds = sum(e.seconds for e in estimates.values()) / runner.workers
+    disk = sum(e.disk_bytes for e in estimates.values())
+    if as_json:
+        print(json.dumps({"seconds": seconds, "disk_bytes": disk, "tasks": lines}, indent=1))
+        return
+    for line in lines:
+        state = "cached" if line["cached"] else f"about {duration(float(str(line['seconds'])))}"
+        print(
+            f"{line['kind']:<7} {str(line['key'])[:10]}  {clean_text(line['model']):<12} "
+            f"{clean_text(line['name'])}  [{state}]"
+        )
+    print(
+        f"{len(runner.plan.cells)} cells, {len(runner.plan.cells) - len(cells)} cached; "
+        f"{len(victims)} models to train; about {duration(seconds)} and {disk / 1e9:.2f} GB; "
+        f"{runner.store.free_bytes() / 1e9:.0f} GB free."
+    )
+
+
+def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
+    """Write the leaderboard, show it, and say how the run ended."""
+    from arena.report.rows import flatten
+    from arena.runner import board_records
+    from arena.watch import print_table
+
+    keys = {cell.key for cell in plan.cells}
+    board = plan.board
+    records = [r for r in board_records(store, board.name) if r["key"] in keys]
+    paths = _build(store, records, board.name, board.title, None)
+    rows = [flatten(record) for record in records]
+    if as_json:
+        print(json.dumps(rows, indent=1, allow_nan=False))
+    else:
+        print_table(rows)
+        print(f"\n{summary.done} cells done, {summary.cached} were there before.")
+        print("Leaderboard: " + ", ".join(str(path) for path in paths))
+    for record in summary.failed:
+        print(
+            f"arena: {record['defense']['short']} against {record['attack']['short']}, seed "
+            f"{record['seed']}: {record['status']}: {record['reason']}",
+            file=sys.stderr,
+        )
+    return 1 if summary.failed else 0
+
+
+def _build(
+    store: Store, records: list[dict[str, Any]], name: str, title: str, out: Path | None
+) -> list[Path]:
+    from arena.core.metric_list import METRICS
+    from arena.gallery import pictures
+    from arena.report.page import write_leaderboard
+
+    if not records:
+        raise BadInput(f"The board {name!r} has no finished cells yet; run it first.")
+    commands = {board["name"]: board["command"] for board in store.boards()}
+    return write_leaderboard(
+        records,
+        pictures(store, records),
+        out or store.root / "leaderboard" / name,
+        [metric._asdict() for metric in METRICS],
+        title or f"Backdoor Arena: {name}",
+        commands.get(name, ""),
+    )
+
+
+@leaderboard_app.command("build")
+def leaderboard_build(
+    board: Annotated[str | None, typer.Argument(help="A board's name; all without it.")] = None,
+    store: StoreOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.")] = None,
+) -> None:
+    """Write Markdown, CSV, JSON, LaTeX and one self-contained page per board of a store."""
+    from arena.runner import board_records
+
+    opened = _open_store(store)
+    boards = [b for b in opened.boards() if board in (None, b["name"])]
+    if not boards:
+        raise BadInput(
+            f"There is no board {board!r} in {str(opened.root)!r}; "
+            f"{nearest(str(board), [b['name'] for b in opened.boards()])}."
+        )
+    for found in boards:
+        name, title = found["name"], found["definition"].get("title", "")
+        folder = out / name if out and len(boards) > 1 else out
+        for path in _build(opened, board_records(opened, name), name, title, folder):
+            print(path)
+
+
+# ---------------------------------------------------------------------------------- looking around
+
+KINDS = (
+    "attacks",
+    "defenses",
+    "scanners",
+    "detectors",
+    "datasets",
+    "models",
+    "metrics",
+    "boards",
+)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help=" | ".join(KINDS))],
+    as_json: JsonOption = False,
+) -> None:
+    """List what the arena knows."""
+    from arena import listing
+
+    if kind not in KINDS:
+        raise BadInput(f"There is no list of {kind!r}; {nearest(kind, KINDS)}")
+    lines = listing.LISTS[kind]()
+    if as_json:
+        print(json.dumps(lines, indent=1))
+    elif lines:
+        print(listing.columns(lines))
+    else:
+        print(f"There are no {kind} yet.")
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="An attack, defense, data set, model or metric.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What a method does: its fields with units, ranges, defaults, and its source."""
+    from arena import listing
+
+    found = listing.describe(name)
+    print(json.dumps(found, indent=1) if as_json else listing.page(found))
+
+
+def _open_store(store: Path | None) -> Store:
+    """The store named, or the one used last below runs/. Raises BadInput."""
+    from arena.store import Store
+
+    if store is None:
+        known = [path.parent for path in Path("runs").glob("*/store.json")]
+        if not known:
+            raise BadInput("There is no store below runs/; name one with --store.")
+        store = max(known, key=lambda folder: (folder / "boards").stat().st_mtime)
+    if not (store / "store.json").is_file():
+        raise BadInput(f"There is no store in {str(store)!r}; name another folder with --store.")
+    return Store(store)
+
+
+@app.command()
+def show(
+    cell: Annotated[str, typer.Argument(help="The first letters of a cell's key.")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Where to write the pictures (PNG).")
+    ] = None,
+) -> None:
+    """One cell: metrics, provenance, pictures."""
+    from arena import listing
+
+    opened = _open_store(store)
+    record = opened.find(cell)
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return
+    print(listing.cell(record))
+    from arena.gallery import strip
+    from arena.store import write_atomically
+
+    image = strip(opened, record)
+    if image is not None:
+        path = picture or opened.root / "pictures" / f"{record['key'][:12]}.png"
+        write_atomically(path, image)
+        print(f"\npictures (clean, triggered, difference): {path}")
+
+
+@app.command()
+def results(
+    store: StoreOption = None,
+    format: Annotated[str, typer.Option(help="table, md, csv, json or latex.")] = "table",
+    board: Annotated[str | None, typer.Option(help="Only this board.")] = None,
+    attack: Annotated[str | None, typer.Option("--attack", "-a", help="Only this attack.")] = None,
+    defense: Annotated[
+        str | None, typer.Option("--defense", "-D", help="Only this defense.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", "-s", help="Only this seed.")] = None,
+) -> None:
+    """The rows of a store: one per cell for scripts (json), means over seeds for people."""
+    from arena.report import tables
+    from arena.report.rows import flatten
+    from arena.runner import board_records
+    from arena.watch import print_table
+
+    if format not in tables.FORMATS:
+        raise BadInput(f"There is no format {format!r}; {nearest(format, tables.FORMATS)}")
+    rows = [flatten(record) for record in board_records(_open_store(store), board)]
+    for key, wanted in (("attack", attack), ("defense", defense)):
+        if wanted is not None:
+            names = {row[f"{key}_name"] for row in rows}
+            if wanted.partition(":")[0] not in names:
+                raise BadInput(f"No row has the {key} {wanted!r}; {nearest(wanted, names)}")
+            rows = [r for r in rows if wanted in (r[f"{key}_name"], r[f"{key}_short"], r[key])]
+    if seed is not None:
+        rows = [row for row in rows if row["seed"] == seed]
+    if format == "json":
+        print(json.dumps(rows, indent=1, allow_nan=False))
+    elif format == "table":
+        print_table(rows)
+    else:
+        print(tables.render(tables.cells(rows), format))
+
+
+@app.command()
+def doctor(data_dir: DataDirOption = None, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Check versions, devices, data and disk: what works, what does not, and the mend."""
+    from arena.doctor import examine
+
+    findings = examine(data_dir, store)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{finding.state:<5} {finding.what:<16} {finding.found}")
+            if finding.mend:
+                print(f"      {'':<16} mend: {finding.mend}")
+    raise typer.Exit(1 if any(finding.state == "bad" for finding in findings) else 0)
+
+
+Command = Callable[..., None]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,840 @@
+"""Board -> cells -> records: plans, skips what is done, runs the rest, goes on after failures.
+
+A cell's life: the clean twin and the victim are trained (each once per data set, model, recipe,
+attack and seed), the referee measures them; a defense repairs the victim in a process of its own;
+the referee measures again; one record is written. Every arrow is an artifact under a content key,
+so whatever was finished before a stop is never done twice, and several runners may share a store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arena import data as datasets
+from arena.boards import Board
+from arena.core import checks, models, training
+from arena.core.metric_list import der, wilson
+from arena.core.registry import BadInput, code_hash, short_spec, spec_of
+from arena.core.seeding import stream
+from arena.data import Dataset
+from arena.referee import isolate
+from arena.referee.isolate import Failed, Interrupted, Refused, Stop
+from arena.store import Artifact, DiskFull, Store, digest, file_sha256, load_tensors, save_tensors
+
+log = logging.getLogger("arena")
+
+FINAL = ("ok", "not_established", "collapsed", "not_applicable")  # others are tried again
+PROTOCOL = 1  # of training and scoring inside arena.referee.worker; raised when results change
+
+
+# -------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What the victims of one board share."""
+
+    dataset: Dataset
+    model: str
+    recipe: str
+    plan: training.Recipe
+    flops: float  # of one image's forward pass
+    weights_bytes: int
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "data": self.dataset.fingerprint,
+            "model": self.model,
+            "recipe": dataclasses.asdict(self.plan),
+            "network": code_hash(
+                "arena.core.victims", models.info(self.model).build.__module__
+            ),
+            "protocol": PROTOCOL,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Victim:
+    """A model to be trained: backdoored, or the clean twin (attack `none`)."""
+
+    key: str
+    setting: Setting
+    attack: Any
+    seed: int
+    twin: Victim | None  # None: it is the twin itself
+    refusal: str = ""  # why the attack cannot apply to this data set
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} on {self.setting.dataset.name.partition(':')[0]}, seed {self.seed}"
+
+    @property
+    def label(self) -> str:
+        return "clean twin" if self.twin is None else short_spec(self.attack)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One row: a victim and the defense that repairs it."""
+
+    key: str
+    victim: Victim
+    defense: Any
+    twin_cell: Cell | None  # the same defense on the clean twin
+
+    @property
+    def name(self) -> str:
+        return f"{short_spec(self.defense)} against {self.victim.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    board: Board
+    victims: tuple[Victim, ...]  # twins first
+    cells: tuple[Cell, ...]  # those of the twins first
+
+
+def method_identity(instance: Any) -> dict[str, Any]:
+    """What makes a method's results: full spec, code, and the content of files that it names."""
+    files = {
+        f.name: file_sha256(Path(value).expanduser())
+        for f in dataclasses.fields(instance)
+        if f.metadata.get("path") and (value := getattr(instance, f.name))
+    }
+    code = code_hash(type(instance).__module__)
+    return {"spec": spec_of(instance), "code": code, **({"files": files} if files else {})}
+
+
+def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
+    """All victims and cells of a board. Loads the data sets. Raises BadInput."""
+    attacks, defenses = board.attacks(), board.defenses()
+    known_models = [models.info(name) for name in board.model]  # unknown names before any data
+    assert known_models
+    sets = [datasets.load(spec, data_dir=data_dir) for spec in board.dataset]
+    victims: list[Victim] = []
+    cells: list[Cell] = []
+    refusals: dict[str, list[str]] = {}
+    for dataset in sets:
+        for model in board.model:
+            setting = make_setting(dataset, model, board.recipe)
+            for seed in board.seed:
+                twin: Victim | None = None
+                twin_cells: dict[Any, Cell] = {}
+                for attack in attacks:
+                    victim = make_victim(setting, attack, seed, twin)
+                    refusals.setdefault(spec_of(attack), []).append(victim.refusal)
+                    victims.append(victim)
+                    for defense in defenses:
+                        cell = make_cell(victim, defense, board, twin_cells.get(defense))
+                        cells.append(cell)
+                        if twin is None:
+                            twin_cells[defense] = cell
+                    twin = twin or victim
+    for reasons in refusals.values():
+        if all(reasons):
+            raise BadInput(reasons[0])
+    order = lambda item: (item.victim if isinstance(item, Cell) else item).twin is not None  # noqa: E731
+    return Plan(board, tuple(sorted(victims, key=order)), tuple(sorted(cells, key=order)))
+
+
+def make_setting(dataset: Dataset, model: str, recipe: str) -> Setting:
+    network = models.build(model, dataset.num_classes, dataset.shape, stream(0, "shell"))
+    return Setting(
+        dataset=dataset,
+        model=model,
+        recipe=recipe,
+        plan=training.recipe(recipe, models.info(model).overrides.get(recipe)),
+        flops=_flops(network, dataset.shape),
+        weights_bytes=sum(v.numel() * v.element_size() for v in network.state_dict().values()),
+    )
+
+
+def make_victim(setting: Setting, attack: Any, seed: int, twin: Victim | None) -> Victim:
+    refusal = ""
+    try:
+        attack.check(setting.dataset.shape, setting.dataset.num_classes)
+    except BadInput as error:
+        refusal = str(error)
+    key = digest(
+        {**setting.describe(), "kind": "victim", "seed": seed, "attack": method_identity(attack)}
+    )
+    return Victim(key, setting, attack, seed, twin, refusal)
+
+
+def make_cell(victim: Victim, defense: Any, board: Board, twin_cell: Cell | None) -> Cell:
+    key = digest(
+        {
+            "kind": "cell",
+            "victim": victim.key,
+            "defense": method_identity(defense),
+            "clean_share": board.clean_share,
+            "scoring": code_hash("arena.core.metrics", "arena.core.checks"),
+            "protocol": PROTOCOL,
+        }
+    )
+    return Cell(key, victim, defense, twin_cell)
+
+
+def _flops(network: torch.nn.Module, shape: tuple[int, int, int]) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *shape))
+    return float(counter.get_total_flops())
+
+
+# ------------------------------------------------------------------------------------- estimates
+
+
+@dataclass(frozen=True)
+class Estimate:
+    seconds: float
+    disk_bytes: float
+
+
+@cache
+def device_rate(device: str) -> float:
+    """FLOP/s that training may reach there: a third of a measured matrix product."""
+    where = torch.device(device)
+    size = 4096 if where.type == "cuda" else 1024
+    kind = torch.bfloat16 if training.has_bf16(where) else torch.float32
+    a = torch.ones(size, size, device=where, dtype=kind)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 3
+
+
+def estimate(task: Victim | Cell, board: Board, device: str, past: Mapping[str, float]) -> Estimate:
+    """Seconds and bytes that a task will take: as before where it was seen, else by FLOPs."""
+    victim = task.victim if isinstance(task, Cell) else task
+    setting = victim.setting
+    n, test = len(setting.dataset.train), len(setting.dataset.test)
+    image = setting.dataset.train.x[0].numel()
+    rate = device_rate(device)
+    scoring = 2 + 3 * test * setting.flops / rate
+    if isinstance(task, Victim):
+        steps = max(1, n // setting.plan.batch)
+        epochs = max(setting.plan.epochs, -(-setting.plan.min_steps // steps))
+        train = 3 * epochs * n * setting.flops / rate
+        train = past.get(_habit(victim), train)
+        bytes_ = setting.weights_bytes + test * image + 0.1 * n * image
+        return Estimate(train + scoring, bytes_)
+    work = 3 * 30 * board.clean_share * n * setting.flops / rate
+    if task.defense.method_name in ("none", "random_prune"):
+        work = 0.5
+    return Estimate(past.get(_habit(task), work) + scoring, setting.weights_bytes)
+
+
+def _habit(task: Victim | Cell) -> str:
+    victim = task.victim if isinstance(task, Cell) else task
+    where = f"{victim.setting.dataset.fingerprint}/{victim.setting.model}/{victim.setting.recipe}"
+    return f"{where}/{spec_of(task.defense) if isinstance(task, Cell) else 'victim'}"
+
+
+def past_seconds(store: Store) -> dict[str, float]:
+    """How long victims and defenses took in this store, by data, model, recipe and defense."""
+    found: dict[str, float] = {}
+    for record in store.records():
+        with suppress(KeyError, TypeError):
+            where = f"{record['dataset']['fingerprint']}/{record['model']}/{record['recipe']}"
+            found[f"{where}/victim"] = float(record["victim_budget"]["seconds"])
+            found[f"{where}/{record['defense']['spec']}"] = float(record["budget"]["seconds"])
+    return found
+
+
+# ---------------------------------------------------------------------------------------- running
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Summary:
+    """How a run ended."""
+
+    done: int = 0  # cells computed now
+    cached: int = 0  # cells that were there before
+    failed: list[dict[str, Any]] = field(default_factory=list)  # their records
+    stopped: bool = False
+
+
+@dataclass
+class Runner:
+    """Runs a plan against a store. See the module's docstring."""
+
+    plan: Plan
+    store: Store
+    device: str = "cpu"
+    workers: int = 1
+    listener: Listener | None = None
+    command: str = ""
+    stop: Stop = field(default_factory=lambda: Stop(threading.Event()))
+
+    def __post_init__(self) -> None:
+        self._estimates: dict[str, Estimate] = {}
+        self._devices = self._device_list()
+        self._threads = max(1, torch.get_num_threads() // self.workers)
+
+    def _device_list(self) -> list[str]:
+        if self.device == "cuda" and torch.cuda.device_count() > 1:
+            return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        return [self.device]
+
+    def _say(self, type: str, **content: Any) -> None:
+        if self.listener is not None:
+            self.listener({"type": type, **content})
+
+    # ----------------------------------------------------------------------------- what is to do
+
+    def cached(self, cell: Cell) -> bool:
+        record = self.store.record(cell.key)
+        return record is not None and record["status"] in FINAL
+
+    def todo(self) -> tuple[list[Victim], list[Cell]]:
+        """The victims and cells that are still to be computed."""
+        cells = [cell for cell in self.plan.cells if not self.cached(cell)]
+        needed = {cell.victim.key for cell in cells}
+        needed |= {cell.victim.twin.key for cell in cells if cell.victim.twin is not None}
+        victims = [v for v in self.plan.victims if v.key in needed and not self.store.has(v.key)]
+        return victims, cells
+
+    def estimate(self) -> dict[str, Estimate]:
+        """Estimates by key for all that is to do."""
+        victims, cells = self.todo()
+        past = past_seconds(self.store)
+        device = self._devices[0]
+        tasks: list[Victim | Cell] = [*victims, *cells]
+        return {t.key: estimate(t, self.plan.board, device, past) for t in tasks}
+
+    # ---------------------------------------------------------------------------------- the loop
+
+    def run(self) -> Summary:
+        """Do all that is to do. A failing cell is recorded and the rest goes on."""
+        self._estimates = self.estimate()
+        need = 1.2 * sum(e.disk_bytes for e in self._estimates.values())
+        if need > (free := self.store.free_bytes()):
+            raise BadInput(
+                f"The store {str(self.store.root)!r} needs about {need / 1e9:.1f} GB, but "
+                f"{free / 1e9:.1f} GB are free; make room or name another disk with --store."
+            )
+        self.store.create()
+        self._write_board()
+        summary = Summary()
+        victims, cells = self.todo()
+        summary.cached = len(self.plan.cells) - len(cells)
+        weights = {key: e.seconds for key, e in self._estimates.items()}
+        self._say("plan", seconds=sum(weights.values()), cells=len(cells), cached=summary.cached)
+        waiting: list[Victim | Cell] = [*victims, *cells]
+        ready_keys = {v.key for v in self.plan.victims} - {v.key for v in victims}
+        ready_keys |= {c.key for c in self.plan.cells} - {c.key for c in cells}
+        broken: dict[str, Failed] = {}
+        running: dict[Future[Any], tuple[Victim | Cell, Any]] = {}
+        free_devices = [self._devices[i % len(self._devices)] for i in range(self.workers)]
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="arena")
+        try:
+            while waiting or running:
+                for task in list(waiting):
+                    if not free_devices:
+                        break
+                    if not all(k in ready_keys or k in broken for k in _needs(task)):
+                        continue
+                    lock = self.store.lock(task.key)
+                    try:
+                        lock.acquire(timeout=0)
+                    except TimeoutError:
+                        continue  # another runner is at it
+                    waiting.remove(task)
+                    device = free_devices.pop()
+                    future = pool.submit(self._do, task, device, broken)
+                    running[future] = (task, (lock, device))
+                if not running:
+                    time.sleep(0.5)
+                    continue
+                finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    task, (lock, device) = running.pop(future)
+                    free_devices.append(device)
+                    try:
+                        outcome = future.result()
+                    except Failed as error:
+                        broken[task.key] = error
+                        outcome = None
+                    finally:
+                        lock.release()
+                    ready_keys.add(task.key)
+                    if isinstance(task, Cell):
+                        _count(summary, outcome)
+                    self._say(
+                        "finished",
+                        name=task.name,
+                        seconds=weights.get(task.key, 0.0),
+                        record=outcome if isinstance(task, Cell) else None,
+                        error=broken[task.key].reason if task.key in broken else "",
+                    )
+        except BaseException:
+            self.stop.event.set()
+            summary.stopped = True
+            wait(running)
+            for _, (lock, _) in running.values():
+                lock.release()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return summary
+
+    def _do(self, task: Victim | Cell, device: str, broken: Mapping[str, Failed]) -> Any:
+        self._say("started", name=task.name, key=task.key)
+        if isinstance(task, Victim):
+            if (found := self.store.artifact(task.key)) is not None:  # another runner was faster
+                return found
+            if task.twin is not None and task.twin.key in broken:
+                error = broken[task.twin.key]
+                raise Failed(error.kind, f"its clean twin: {error.reason}", error.details)
+            return self._train(task, device)
+        if self.cached(task):
+            return self.store.record(task.key)
+        return self._defend(task, device, broken)
+
+    # ----------------------------------------------------------------------------------- victims
+
+    def _job(self, kind: str, victim: Victim, device: str, folder: Path) -> dict[str, Any]:
+        setting = victim.setting
+        return {
+            "job": kind,
+            "folder": str(folder),
+            "device": device,
+            "threads": self._threads,
+            "seed": victim.seed,
+            "model": setting.model,
+            "classes": setting.dataset.num_classes,
+            "shape": list(setting.dataset.shape),
+        }
+
+    def _run(self, job: dict[str, Any], name: str, **options: Any) -> dict[str, Any]:
+        return isolate.run(
+            job,
+            logfile=Path(job["folder"]) / f"{job['job']}.log",
+            stop=self.stop,
+            on_event=lambda event: self._say("progress", **{**event, "name": name}),
+            **options,
+        )
+
+    def _train(self, victim: Victim, device: str) -> Artifact:
+        """Train a victim, measure it, keep it as an artifact."""
+        if victim.refusal:
+            raise Failed("not_applicable", victim.refusal)
+        scratch = self.store.scratch(victim.key)
+        folder = _fresh_folder(scratch / "job")
+        setting = victim.setting
+        spec = spec_of(victim.attack)
+        job = {
+            **self._job("attack", victim, device, folder),
+            "spec": spec,
+            "recipe": setting.recipe,
+            "train": dict(setting.dataset.files["train"]),
+            "scratch": str(scratch),
+        }
+        started = _now()
+        test_files = dict(setting.dataset.files["test"])
+        result = self._guarded(
+            job,
+            victim.name,
+            timeout=self.plan.board.timeout,
+            answer=lambda question: test_files,
+        )
+        measured = self._guarded(
+            {
+                **self._job("measure", victim, device, folder),
+                "weights": str(folder / "weights.safetensors"),
+                "test": test_files,
+                "triggered": str(folder / "triggered.safetensors") if result["stamped"] else None,
+                "attack": spec,
+                "twin": self._twin_weights(victim) if result["stamped"] else None,
+            },
+            victim.name,
+        )
+        parts = ["weights", "poisoned", "predictions"]
+        parts += ["triggered", "gallery"] if result["stamped"] else []
+        artifact = self.store.save(
+            victim.key,
+            {part: load_tensors(folder / f"{part}.safetensors") for part in parts},
+            {
+                "kind": "victim",
+                "attack": spec,
+                "model": setting.model,
+                "recipe": setting.recipe,
+                "plan": dataclasses.asdict(setting.plan),
+                "dataset": setting.dataset.name,
+                "fingerprint": setting.dataset.fingerprint,
+                "seed": victim.seed,
+                "result": result,
+                "measured": measured,
+                "started": started,
+                "finished": _now(),
+                **provenance(device, self._threads),
+            },
+        )
+        self.store.clear_scratch(victim.key)
+        return artifact
+
+    def _twin_weights(self, victim: Victim) -> str | None:
+        if victim.twin is None:
+            return None
+        artifact = self._sound(victim.twin)
+        return str(artifact.path("weights"))
+
+    def _sound(self, victim: Victim) -> Artifact:
+        """The victim's artifact; one that turns out to be damaged is trained again."""
+        artifact = self.store.artifact(victim.key)
+        if artifact is None:
+            device = self._devices[0]
+            log.warning("%s is trained again.", victim.name)
+            artifact = self._train(victim, device)
+        return artifact
+
+    def _guarded(self, job: dict[str, Any], name: str, **options: Any) -> dict[str, Any]:
+        """`_run`, with everything but a stop turned into Failed."""
+        try:
+            return self._run(job, name, **options)
+        except Refused as error:
+            raise Failed("not_applicable", str(error)) from error
+        except DiskFull:
+            raise
+        except OSError as error:
+            raise Failed("failed", isolate.explain(error)) from error
+
+    # ------------------------------------------------------------------------------------- cells
+
+    def _defend(self, cell: Cell, device: str, broken: Mapping[str, Failed]) -> dict[str, Any]:
+        """Repair and measure; a failure of the method becomes the record's reason."""
+        started, record = _now(), self._blank(cell, device)
+        try:
+            for needed in (cell.victim, cell.victim.twin):
+                if needed is not None and needed.key in broken:
+                    error = broken[needed.key]
+                    raise Failed(error.kind, f"{needed.label}: {error.reason}", error.details)
+            record |= self._repaired(cell, device)
+        except Failed as error:
+            record |= {"status": error.kind, "reason": error.reason, "details": error.details}
+        record |= {"started": started, "finished": _now()}
+        self.store.write_record(record)
+        self.store.clear_scratch(cell.key)
+        return record
+
+    def _repaired(self, cell: Cell, device: str) -> dict[str, Any]:
+        victim, setting = cell.victim, cell.victim.setting
+        artifact = self._sound(victim)
+        folder = _fresh_folder(self.store.scratch(cell.key) / "job")
+        train = setting.dataset.train
+        try:
+            rows = artifact.tensors("poisoned")["rows"]
+            rng = stream(victim.seed, "clean")
+            chosen = datasets.draw_clean(
+                train.y, self.plan.board.clean_share, rng, exclude=rows[rows < len(train)]
+            )
+        except ValueError as error:
+            raise Failed("failed", str(error)) from error
+        clean = train.take(chosen)
+        save_tensors(folder / "clean.safetensors", {"x": clean.x, "y": clean.y})
+        result = self._guarded(
+            {
+                **self._job("repair", victim, device, folder),
+                "spec": spec_of(cell.defense),
+                "weights": str(artifact.path("weights")),
+                "clean": str(folder / "clean.safetensors"),
+            },
+            cell.name,
+            timeout=self.plan.board.timeout,
+        )
+        stamped = artifact.meta["result"]["stamped"]
+        measured = self._guarded(
+            {
+                **self._job("measure", victim, device, folder),
+                "weights": str(folder / "weights.safetensors"),
+                "test": dict(setting.dataset.files["test"]),
+                "triggered": str(artifact.path("triggered")) if stamped else None,
+                "attack": spec_of(victim.attack),
+            },
+            cell.name,
+        )
+        kept = self.store.save(
+            cell.key,
+            {p: load_tensors(folder / f"{p}.safetensors") for p in ("weights", "predictions")},
+            {"kind": "repaired", "victim": victim.key, "defense": spec_of(cell.defense)},
+        )
+        return {
+            **self._judged(cell, artifact, measured),
+            "budget": result["budget"],
+            "victim_budget": artifact.meta["result"]["budget"],
+            "weights": {"before": artifact.sha256("weights"), "after": kept.sha256("weights")},
+            "clean_rows": digest(chosen.tolist()),
+            "poisoned_rows": artifact.meta["result"]["poisoned_rows"],
+            "victim_made": {k: artifact.meta[k] for k in ("hardware", "versions", "commit")},
+        }
+
+    def _judged(
+        self, cell: Cell, artifact: Artifact, measured: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Metrics, status, flags and intervals of a cell, from what the referee measured."""
+        victim, before = cell.victim, artifact.meta["measured"]
+        twin = None if victim.twin is None else self._sound(victim.twin).meta["measured"]["metrics"]
+        metrics: dict[str, float | None] = {
+            name: measured["metrics"].get(name) for name in ("acc", "asr", "ra")
+        }
+        metrics |= {f"{name}_before": before["metrics"].get(name) for name in ("acc", "asr", "ra")}
+        metrics["acc_drop"] = _minus(metrics["acc_before"], metrics["acc"])
+        if metrics["asr"] is not None:
+            metrics["der"] = der(
+                *(metrics[n] or 0.0 for n in ("acc_before", "acc", "asr_before", "asr"))
+            )
+        metrics["clean_twin_acc"] = twin["acc"] if twin else metrics["acc_before"]
+        metrics |= before.get("twin", {})
+        metrics |= {k: _finite(v) for k, v in before.get("stealth", {}).items()}
+        if cell.twin_cell is not None:
+            harmed = self.store.record(cell.twin_cell.key)
+            metrics["twin_acc_drop"] = (harmed or {}).get("metrics", {}).get("acc_drop")
+        classes = victim.setting.dataset.num_classes
+        status = checks.status(metrics, measured["top_class_share"], classes)
+        raised = checks.flags(
+            metrics,
+            status,
+            null_defense=cell.defense.method_name == "none",
+            probabilities=measured["probabilities"],
+            repeatable=measured["repeatable"],
+        )
+        counts = measured["counts"]
+        sizes = {"acc": counts["test"], "asr": counts.get("triggered")}
+        meanings = [flag.meaning for flag in raised if flag.name == status]
+        return {
+            "status": status,
+            "reason": meanings[0] if meanings else "",
+            "metrics": metrics,
+            "counts": counts,
+            "intervals": {
+                name: list(wilson(round(value * n), n))
+                for name, n in sizes.items()
+                if n and (value := metrics[name]) is not None
+            },
+            "flags": [dataclasses.asdict(flag) for flag in raised],
+        }
+
+    def _blank(self, cell: Cell, device: str) -> dict[str, Any]:
+        """A record with everything but the outcome."""
+        victim, setting, board = cell.victim, cell.victim.setting, self.plan.board
+        return {
+            "key": cell.key,
+            "board": {"name": board.name, "version": board.version},
+            "dataset": {
+                "name": setting.dataset.name,
+                "fingerprint": setting.dataset.fingerprint,
+                "source": setting.dataset.source,
+                "train": len(setting.dataset.train),
+                "test": len(setting.dataset.test),
+                "classes": list(setting.dataset.classes),
+                "shape": list(setting.dataset.shape),
+            },
+            "model": setting.model,
+            "recipe": setting.recipe,
+            "plan": dataclasses.asdict(setting.plan),
+            "attack": describe_attack(victim.attack),
+            "defense": describe_defense(cell.defense),
+            "clean_share": board.clean_share,
+            "seed": victim.seed,
+            "metrics": {},
+            "flags": [],
+            "command": self.command,
+            "parents": {
+                "victim": victim.key,
+                "twin": victim.twin.key if victim.twin else None,
+                "twin_cell": cell.twin_cell.key if cell.twin_cell else None,
+            },
+            **provenance(device, self._threads),
+        }
+
+    def _write_board(self) -> None:
+        board = self.plan.board
+        cells = [cell.key for cell in self.plan.cells]
+        if board.name == "adhoc":  # grows from run to run
+            for known in self.store.boards():
+                if (known["name"], known["version"]) == (board.name, board.version):
+                    cells = [k for k in known["cells"] if k not in set(cells)] + cells
+        self.store.write_board(
+            board.name,
+            board.version,
+            {
+                "name": board.name,
+                "version": board.version,
+                "definition": board.definition(),
+                "command": self.command,
+                "cells": cells,
+            },
+        )
+
+
+def _needs(task: Victim | Cell) -> Iterable[str]:
+    """Keys of what must be finished, or have failed, before `task`."""
+    if isinstance(task, Victim):
+        return [task.twin.key] if task.twin else []
+    needed = [task.victim.key]
+    needed += [task.victim.twin.key] if task.victim.twin else []
+    return needed + ([task.twin_cell.key] if task.twin_cell else [])
+
+
+def _count(summary: Summary, record: Mapping[str, Any] | None) -> None:
+    summary.done += 1
+    if record is not None and record["status"] not in FINAL:
+        summary.failed.append(dict(record))
+
+
+def _fresh_folder(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _minus(one: float | None, two: float | None) -> float | None:
+    return None if one is None or two is None else one - two
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and abs(value) != float("inf") else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# ------------------------------------------------------------------------------------- provenance
+
+
+def describe_attack(attack: Any) -> dict[str, Any]:
+    from arena.core.poisoning import scope
+
+    controls = hasattr(attack, "train")
+    return {
+        "name": attack.method_name,
+        "short": short_spec(attack),
+        **method_identity(attack),
+        "threat": "controls training" if controls else getattr(attack, "threat", "poisons data"),
+        "scope": scope(attack) if attack.method_name != "none" else "none",
+        "labels": getattr(attack, "labels", "changed"),
+        "trigger": getattr(attack, "trigger_kind", "static"),
+    }
+
+
+def describe_defense(defense: Any) -> dict[str, Any]:
+    return {
+        "name": defense.method_name,
+        "short": short_spec(defense),
+        **method_identity(defense),
+        "null": bool(getattr(defense, "null", False)),
+    }
+
+
+@cache
+def provenance(device: str, threads: int) -> dict[str, Any]:
+    """Hardware, versions and commit of this process."""
+    where = torch.device(device)
+    packages = ("backdoor-arena", "torch", "torchvision", "timm", "numpy", "safetensors")
+    return {
+        "hardware": {
+            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else processor(),
+            "kind": where.type,
+            "bf16": training.has_bf16(where),
+            "threads": threads,
+            "cpus": os.cpu_count(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "cuda": torch.version.cuda if where.type == "cuda" else None,
+            **{name: _version(name) for name in packages},
+        },
+        "commit": _commit(),
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The git commit of the arena's own checkout, with a '+' when files differ from it; or ''."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return ""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+# ------------------------------------------------------------------------------------ reading back
+
+
+def board_records(store: Store, name: str | None = None) -> list[dict[str, Any]]:
+    """The records of all boards in a store, or of one; each says its board. Raises BadInput."""
+    boards = store.boards()
+    if name is not None:
+        names = {board["name"] for board in boards}
+        if name not in names:
+            from arena.core.registry import nearest
+
+            raise BadInput(f"There is no board {name!r} in this store; {nearest(name, names)}.")
+        boards = [board for board in boards if board["name"] == name]
+    found = {record["key"]: record for record in store.records()}
+    return [
+        {**found[key], "board": {"name": board["name"], "version": board["version"]}}
+        for board in boards
+        for key in board["cells"]
+        if key in found
+    ]
+
+
+def interrupted(error: BaseException) -> bool:
+    return isinstance(error, (KeyboardInterrupt, Interrupted))
+
+
+def records_in(rows: Sequence[Mapping[str, Any]], **filters: str) -> list[Mapping[str, Any]]:
+    """The flat rows whose columns start with the words given (None: any)."""
+    return [
+        row
+        for row in rows
+        if all(str(row[key]).startswith(word) for key, word in filters.items() if word is not None)
+    ]
