@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from arena.runner import Plan, Runner, Summary
     from arena.store import Store
 
-UsageError = typer.BadParameter.__mro__[1]  # typer brings its own copy of click
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own copy of click
 
 app = typer.Typer(
     name="arena",
@@ -56,7 +56,7 @@ def main() -> None:
     """The console script: turns every kind of bad input into one sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="arena: %(message)s")
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="arena", standalone_mode=False)
     except BadInput as error:
         sys.exit(_complain(str(error)))
     except UsageError as error:
@@ -74,8 +74,10 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(sentence: str) -> int:
-    print(f"arena: {sentence}", file=sys.stderr)
+def _complain(text: str) -> int:
+    """One line on standard error, with one full stop or question mark at its end."""
+    sentence = " ".join(text.split()).rstrip(".")
+    print(f"arena: {sentence}{'' if sentence.endswith('?') else '.'}", file=sys.stderr)
     return 2
 
 
@@ -83,8 +85,13 @@ def _usage(error: Any) -> str:
     """One sentence for a wrong option or command, with the nearest valid one."""
     import difflib
 
-    message = " ".join(error.format_message().split())
-    wrong = message.partition("'")[2].partition("'")[0] or message.rpartition(": ")[2].rstrip(".")
+    message = error.format_message()
+    faults = getattr(error.__context__, "errors", None)  # newer typer does not say what it got
+    if faults is not None:
+        message += f", got {faults()[0]['input']!r}"
+    wrong = getattr(error, "option_name", "") or (
+        message.partition("'")[2].partition("'")[0] or message.rpartition(": ")[2].rstrip(".")
+    )
     context = getattr(error, "ctx", None)
     if context is not None and message.startswith("No such"):
         command = context.command
@@ -111,7 +118,8 @@ def quickstart(
     """Train, attack, repair and rank on the embedded data set; a few minutes without a GPU."""
     from arena.boards import QUICKSTART
 
-    _run(QUICKSTART, store or Path("runs/quickstart"), device, 1, None, False, False)
+    folder = store or Path("runs/quickstart")
+    raise typer.Exit(_run(QUICKSTART, folder, device, 1, None, False, False))
 
 
 @app.command()
@@ -149,7 +157,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a board, or every combination of the flags. Run again, it goes on where it stopped."""
-    from arena.boards import Board, board_from, read_board
+    from arena.boards import board_from, read_board
 
     given = {
         "dataset": dataset,
@@ -194,7 +202,12 @@ def _run(
 
     where = _device(device)
     with _status("loading the data", quiet=as_json):
-        plan = make_plan(board, data_dir)
+        try:
+            plan = make_plan(board, data_dir)
+        except BadInput:
+            raise
+        except ValueError as error:  # a network that is unknown, or too deep for the images
+            raise BadInput(str(error)) from error
     command = "arena " + " ".join(_quoted(word) for word in sys.argv[1:])
     runner = Runner(plan, store, where, workers, command=command)
     if dry_run:
@@ -508,7 +521,9 @@ def results(
 
 
 @app.command()
-def doctor(data_dir: DataDirOption = None, store: StoreOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    data_dir: DataDirOption = None, store: StoreOption = None, as_json: JsonOption = False
+) -> None:
     """Check versions, devices, data and disk: what works, what does not, and the mend."""
     from arena.doctor import examine
 

@@ -46,7 +46,7 @@ def pictures(store: Store, records: Sequence[Mapping[str, Any]]) -> dict[str, di
                     shown["clean"], shown["triggered"], apart, shown["y"], strict=True
                 )
             ],
-            "caption": f"{record['attack']['spec']}; difference times {factor:.3g}",
+            "caption": f"difference amplified {factor:.3g} times",
             "psnr": record["metrics"].get("psnr"),
         }
     return found

@@ -212,7 +212,7 @@ class Estimate:
 
 @cache
 def device_rate(device: str) -> float:
-    """FLOP/s that training may reach there: a third of a measured matrix product."""
+    """FLOP/s that training may reach there: half of a measured matrix product."""
     where = torch.device(device)
     size = 4096 if where.type == "cuda" else 1024
     kind = torch.bfloat16 if training.has_bf16(where) else torch.float32
@@ -222,7 +222,7 @@ def device_rate(device: str) -> float:
         started = time.perf_counter()
         float((a @ a)[0, 0])
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 3
+    return 2 * size**3 / best / 2
 
 
 def estimate(task: Victim | Cell, board: Board, device: str, past: Mapping[str, float]) -> Estimate:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -53,10 +54,10 @@ def file_sha256(path: Path) -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write under a temporary name beside `path`, then rename. Raises DiskFull."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     data = content.encode() if isinstance(content, str) else content
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
@@ -155,25 +156,25 @@ class Store:
         self, key: str, parts: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
     ) -> Artifact:
         """Write an artifact: one safetensors file per part, then the folder appears at once."""
-        from safetensors.torch import save_file
-
         temporary = self.root / "artifacts" / f".new-{uuid.uuid4().hex}"
-        temporary.mkdir(parents=True)
+        folder = self._folder(key)
         try:
+            temporary.mkdir(parents=True)
             files = {}
             for name, tensors in parts.items():
                 path = temporary / f"{name}.safetensors"
-                save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path)
+                save_tensors(path, tensors)
                 files[path.name] = file_sha256(path)
             body = {**meta, "files": files}
             write_atomically(
                 temporary / "meta.json",
                 json.dumps({**body, "checksum": digest(body)}, indent=1, sort_keys=True),
             )
-            folder = self._folder(key)
             folder.parent.mkdir(exist_ok=True)
-            if folder.exists():
-                self._set_aside(folder, ValueError("it is being replaced"))
+            if (kept := self.artifact(key)) is not None:
+                if kept.meta["files"] == files:  # from a run stopped before its record
+                    return kept
+                self._set_aside(folder, ValueError("other values were computed now"))
             temporary.rename(folder)
         except OSError as error:
             raise _explained(error, temporary) from error
@@ -185,10 +186,13 @@ class Store:
 
     def _set_aside(self, path: Path, why: Exception) -> None:
         aside = self.root / "damaged" / f"{path.name}-{uuid.uuid4().hex[:8]}"
-        aside.parent.mkdir(exist_ok=True)
         try:
+            aside.parent.mkdir(exist_ok=True)
             path.rename(aside)
         except FileNotFoundError:  # another runner noticed first
+            return
+        except OSError as error:  # a store that may only be read
+            log.warning("%s is damaged (%s) and cannot be set aside (%s).", path, why, error)
             return
         log.warning("%s is damaged (%s): set aside in %s, computed again.", path, why, aside)
 
@@ -294,12 +298,17 @@ class Store:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, written atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
+        except SafetensorError as error:  # hides the number of the error in its text
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -169,10 +169,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         groups.setdefault(tuple(row[name] for name in tables.CONTEXT), []).append(row)
     if not groups:
         print("There are no rows yet.")
-    for context, group in groups.items():
-        title = tables.context_title(dict(zip(tables.CONTEXT, context, strict=True)))
-        console.print(f"\n{title}", style="bold", markup=False, highlight=False)
+    for group in groups.values():
+        console.print("\nDefenses, over all attacks:", style="bold")
         console.print(tables.render(tables.leaderboard(group), "table"))
+        console.print("\nEvery attack and defense, over seeds:", style="bold")
         console.print(tables.render(tables.cells(group), "table"))
         weak = tables.not_established(group)
         if len(weak):
@@ -180,5 +180,5 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             console.print(tables.render(weak, "table"))
         broken = tables.failures(group)
         if len(broken):
-            console.print("\nFailed or not run:", style="bold")
+            console.print("\nCollapsed, failed or not run:", style="bold")
             console.print(tables.render(broken, "table"))

@@ -196,8 +196,10 @@ def test_a_record_without_its_cell_is_named() -> None:
 
 def test_leaderboard_is_sorted_and_keeps_null_methods(rows: list[dict]) -> None:
     frame = tables.leaderboard(rows)
-    assert list(frame["defense_short"]) == ["anp", "retrain", "finetune", "none"]
-    assert list(frame["der"]) == sorted(frame["der"], reverse=True)
+    # best mean DER first; anp (a timeout) and finetune (a collapse, a failure) after the sound ones
+    assert list(frame["defense_short"]) == ["retrain", "none", "anp", "finetune"]
+    assert frame["der"][0] > frame["der"][1]
+    assert frame["der"][2] > frame["der"][3]
     text = tables.render(frame, "md")
     assert "none (null)" in text
     assert "retrain (null)" in text
@@ -224,7 +226,7 @@ def test_a_weak_attack_moves_no_mean(rows: list[dict]) -> None:
 def test_mishaps_are_counted_and_explained(rows: list[dict]) -> None:
     notes = tables.leaderboard(rows).set_index("defense_short")["notes"]
     assert notes["anp"] == "timeout 1 of 4"
-    assert notes["finetune"] == "collapsed 1 of 4, failed 1 of 4, harms_clean_twin 1 of 4"
+    assert notes["finetune"] == "collapsed 1 of 4, failed 1 of 4, harms clean twin 1 of 4"
     assert notes["none"] == ""
     failures = tables.failures(rows).set_index("status")["reason"]
     assert failures["timeout"] == "stopped after 9 s"
@@ -298,7 +300,8 @@ def test_json_is_valid_and_exact(rows: list[dict]) -> None:
 
     read = json.loads(tables.render(rows, "json"), parse_constant=refuse)
     assert read == rows
-    line = json.loads(tables.render(tables.leaderboard(rows), "json"), parse_constant=refuse)[0]
+    lines = json.loads(tables.render(tables.leaderboard(rows), "json"), parse_constant=refuse)
+    (line,) = (line for line in lines if line["defense"].startswith("anp:"))
     assert line["der"] == DEFENSES["anp"]
     assert line["der_sd"] is None, "seed 1 misses an attack"
 

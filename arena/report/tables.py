@@ -27,7 +27,8 @@ FORMATS = ("table", "md", "csv", "json", "latex")
 AVERAGED = (
     "Mean over attacks of the means over seeds; ± is the standard deviation over seeds of each "
     "seed's average over attacks. Only established attacks count; a collapsed model counts with "
-    "the numbers it was left with. Best mean DER first."
+    "the numbers it was left with. Best mean DER first; defenses with collapsed, failed or missing "
+    "cells after all others, since a low ASR of a wrecked model is no repair."
 )
 MISSING = "–"
 
@@ -111,7 +112,8 @@ def is_attacked(row: Row) -> bool:
 
 
 def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
-    """One line per board, data set, model, recipe and defense; in each group best mean DER first.
+    """One line per board, data set, model, recipe and defense; in each group best mean DER first,
+    and defenses with collapsed, failed or missing cells after all others.
 
     The means are those of `statistics.over_attacks` over the established attacks. `notes` counts
     what went wrong among the cells that the line should have; no line is left out for it.
@@ -134,6 +136,7 @@ def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
             values = {(row["attack"], row["seed"]): row[name] for row in done}
             line |= _spread(name, over_attacks(values))
         line |= {
+            "unsound": absent > 0 or any(row["status"] != "ok" for row in counted),
             "attacks": len({row["attack"] for row in done}),
             "seeds": len({row["seed"] for row in done}),
             "notes": _notes(counted, len(pairs), absent) if pairs else "no attack was established",
@@ -142,6 +145,7 @@ def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
     lines.sort(
         key=lambda line: (
             *(str(line[name]) for name in CONTEXT),
+            line["unsound"],
             *(_last(line["der"], -1), _last(line["asr"], 1), _last(line["acc"], -1)),
             line["defense"],
         )
@@ -234,15 +238,19 @@ def _notes(rows: list[Row], total: int, absent: int, reasons: bool = False) -> s
     counts = Counter(_words(row["status"]) for row in rows if row["status"] != "ok")
     notes = [f"{status} {count} of {total}" for status, count in sorted(counts.items())]
     notes += [f"not run {absent} of {total}"] * bool(absent)
-    flags = Counter(flag for row in rows for flag in dict.fromkeys(row["flags"]))
-    notes += [f"{flag} {count} of {total}" for flag, count in sorted(flags.items())]
+    flags = Counter(
+        flag for row in rows for flag in dict.fromkeys(row["flags"]) if flag != row["status"]
+    )
+    notes += [f"{_words(flag)} {count} of {total}" for flag, count in sorted(flags.items())]
     text = ", ".join(notes)
     return text + _because(rows) if reasons else text
 
 
 def _because(rows: Iterable[Row]) -> str:
-    """ ": the distinct reasons" of rows that are not ok, or nothing."""
-    why = dict.fromkeys(row["reason"] for row in rows if row["status"] != "ok" and row["reason"])
+    """ ": the distinct reasons" of rows that are not ok, or nothing. That of a collapse is in
+    its flag's meaning, the same for all."""
+    fine = ("ok", "collapsed")
+    why = dict.fromkeys(r["reason"] for r in rows if r["status"] not in fine and r["reason"])
     return f": {'; '.join(why)}" if why else ""
 
 

@@ -1,0 +1,437 @@
+"""What `arena list`, `arena info` and `arena show` say: plain data first, text for people after.
+
+Only the models need torch; everything else is read without importing it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from arena.boards import QUICKSTART, Board, read_board
+from arena.core.metric_list import METRICS
+from arena.core.registry import BadInput, Field, Method, attacks, defenses, nearest, show_value
+from arena.data.catalogue import CATALOGUE, DatasetInfo
+
+Line = dict[str, Any]
+
+BOARDS = Path("leaderboards")  # below the current folder
+LIBRARIES = {
+    "timm:NAME": "any image classifier of timm, newly initialised",
+    "torchvision:NAME": "any image classifier of torchvision, newly initialised",
+}
+_DETAILS = {"fields", "splits", "version", "clean_share", "file"}  # for `info` and for scripts
+_TALLEST = 4  # lines that a cell may take; the rest is an ellipsis
+
+
+# --------------------------------------------------------------------------------------- the lists
+
+
+def _attacks() -> list[Line]:
+    return [_attack_line(method) for method in attacks.describe_all()]
+
+
+def _attack_line(method: Method) -> Line:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "threat": _threat(method),
+        "scope": list(method.traits.get("scopes", ("universal",))),
+        "labels": method.traits.get("labels", "changed"),
+        "trigger": method.traits.get("trigger_kind", "static"),
+        "fields": _defaults(method.fields),
+    }
+
+
+def _threat(method: Method) -> str:
+    if "controls training" in method.powers:
+        return "controls training"
+    return str(method.traits.get("threat", "poisons data"))
+
+
+def _defenses(power: str | None = None) -> list[Line]:
+    return [
+        {
+            "name": method.name,
+            "summary": method.summary,
+            "null": bool(method.traits.get("null", False)),
+            "powers": list(method.powers),
+            "fields": _defaults(method.fields),
+        }
+        for method in defenses.describe_all()
+        if power is None or power in method.powers
+    ]
+
+
+def _defaults(fields: tuple[Field, ...]) -> list[str]:
+    return [f"{field.name}={show_value(field.default)}" for field in fields]
+
+
+def _datasets() -> list[Line]:
+    return [
+        {
+            "name": info.name,
+            "summary": info.summary,
+            "classes": info.classes,
+            "side": info.side,
+            "channels": info.channels,
+            "splits": info.splits,
+            "hub": info.hub,
+        }
+        for info in CATALOGUE.values()
+    ]
+
+
+def _models() -> list[Line]:
+    from arena.core import models
+
+    known = {name: models.info(name) for name in models.names()}
+    return [
+        {"name": name, "summary": network.summary, "source": network.source}
+        for name, network in known.items()
+    ] + [{"name": name, "summary": text, "source": ""} for name, text in LIBRARIES.items()]
+
+
+def _metrics() -> list[Line]:
+    return [metric._asdict() for metric in METRICS]
+
+
+def _boards() -> list[Line]:
+    return [
+        {
+            "name": board.name,
+            "summary": board.title,
+            **{k: v for k, v in board.definition().items() if k not in ("title", "timeout")},
+            "file": file,
+        }
+        for board, file in _known_boards()
+    ]
+
+
+def _known_boards() -> Iterator[tuple[Board, str]]:
+    """Every board and its file; the built-in one has none. Raises BadInput for a broken file."""
+    yield QUICKSTART, ""
+    for path in sorted(BOARDS.glob("*/board.toml")):
+        yield read_board(path), str(path)
+
+
+LISTS: dict[str, Callable[[], list[Line]]] = {
+    "attacks": _attacks,
+    "defenses": _defenses,
+    "scanners": lambda: _defenses("scans"),
+    "detectors": lambda: _defenses("detects"),
+    "datasets": _datasets,
+    "models": _models,
+    "metrics": _metrics,
+    "boards": _boards,
+}
+"""What can be listed -> its lines as plain data, each with a `name`."""
+
+
+# ------------------------------------------------------------------------------------- one by name
+
+
+def describe(name: str) -> Line:
+    """Everything of that name, as plain data: {"name": …, "found": [one entry per kind]}.
+
+    Models are looked up (and torch imported) only where nothing else has the name. Raises BadInput
+    with the nearest name of all.
+    """
+    found: list[Line] = []
+    for registry in (attacks, defenses):
+        if name in registry.names():
+            found.append(_method(registry.describe(name)))
+    if name in CATALOGUE:
+        found.append(_dataset(CATALOGUE[name]))
+    found += [
+        {
+            "kind": "metric",
+            "name": metric.name,
+            "summary": metric.definition,
+            "unit": metric.unit,
+            "better": metric.better,
+            "source": metric.source,
+        }
+        for metric in METRICS
+        if metric.name == name
+    ]
+    found += [
+        {
+            "kind": "board",
+            "name": name,
+            "summary": board.title,
+            **{k: v for k, v in board.definition().items() if k != "title"},
+            "example": f"arena run {file}" if file else f"arena {name}",
+        }
+        for board, file in _known_boards()
+        if board.name == name
+    ]
+    return {"name": name, "found": found or [_model(name)]}
+
+
+def _method(method: Method) -> Line:
+    attack = method.kind == "attack"
+    shown = [field for field in method.fields if field.default is not None][:2]
+    example = ",".join(f"{field.name}={show_value(field.default)}" for field in shown)
+    about = {k: v for k, v in _attack_line(method).items() if k in ("scope", "labels", "trigger")}
+    return {
+        "kind": method.kind,
+        "name": method.name,
+        "summary": method.summary,
+        "powers": list(method.powers),
+        **({"threat": _threat(method), **about} if attack else {}),
+        "null": bool(method.traits.get("null", False)),
+        "docstring": method.doc,
+        "source": method.source,
+        "departs": method.departs,
+        "fields": [
+            {
+                "name": field.name,
+                "type": field.type,
+                "default": field.default,
+                "range": field.range,
+                "doc": field.doc,
+                "source": field.source,
+            }
+            for field in method.fields
+        ],
+        "example": f"{'-a' if attack else '-D'} {method.name}{':' if example else ''}{example}",
+        "file": method.path,
+    }
+
+
+def _dataset(info: DatasetInfo) -> Line:
+    path = "PATH" if info.takes_path else ""
+    fields = [
+        {
+            "name": name,
+            "type": "int",
+            "default": info.side if name == "side" and default is None else default,
+            "range": f"[{low}, {high}]",
+            "doc": "pixels; images are resized" if name == "side" and info.name != "signs" else "",
+            "source": "",
+        }
+        for name, (low, high, default) in info.fields.items()
+    ]
+    example = [path] if path else []
+    if fields:
+        example.append(f"{fields[0]['name']}={fields[0]['default'] or 64}")
+    return {
+        "kind": "data set",
+        "name": info.name,
+        "summary": info.summary,
+        "classes": info.classes,
+        "class_names": list(info.class_names),
+        "side": info.side,
+        "channels": info.channels,
+        "splits": info.splits,
+        "hub": info.hub,
+        "licence": info.licence,
+        "fields": fields,
+        "example": f"-d {info.name}:{','.join(example)}",
+    }
+
+
+def _model(name: str) -> Line:
+    from arena.core import models
+
+    library = name.partition(":")[0] + ":NAME" in LIBRARIES
+    if not library and name not in models.names():
+        raise BadInput(f"Nothing here is called {name!r}; {nearest(name, _every_name())}")
+    try:
+        network = models.info(name)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    return {
+        "kind": "model",
+        "name": name,
+        "summary": network.summary,
+        "smallest_side": network.sides[0],
+        "largest_side": network.sides[1],
+        "levels": dict(zip(models.LEVELS, network.levels, strict=True)),
+        "head": network.head,
+        "recipe_changes": {recipe: dict(changes) for recipe, changes in network.overrides.items()},
+        "source": network.source,
+        "example": f"-m {name}",
+    }
+
+
+def _every_name() -> set[str]:
+    return {line["name"] for make in LISTS.values() for line in make()}
+
+
+# ---------------------------------------------------------------------------------- text for people
+
+
+def width() -> int:
+    """Characters of a line: the terminal's, or 120 where there is none."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def columns(lines: list[Line]) -> str:
+    """An aligned table of `lines`, fitted to the terminal; long cells are wrapped, then cut."""
+    names = [name for name in lines[0] if name not in _DETAILS and name != "summary"]
+    if "summary" in lines[0]:
+        names.append("summary")  # prose stands last
+    table = [names, *([_text(line.get(name)) for name in names] for line in lines)]
+    places = range(len(names))
+    sizes = [max(len(row[at]) for row in table) for at in places]
+    words = [max(len(word) for row in table for word in row[at].split() or [""]) for at in places]
+    room = width() - 2 * (len(names) - 1)
+    while sum(sizes) > room and sizes != words:  # words stay whole: rather too wide than unreadable
+        spare = [at for at in places if sizes[at] > words[at]]
+        sizes[max(spare, key=sizes.__getitem__)] -= 1
+    return "\n".join(_row(row, sizes) for row in table)
+
+
+def _row(cells: list[str], widths: list[int]) -> str:
+    parts = [_wrapped(cell, size) for cell, size in zip(cells, widths, strict=True)]
+    return "\n".join(
+        "  ".join(f"{part:<{size}}" for part, size in zip(line, widths, strict=True)).rstrip()
+        for line in zip_longest(*parts, fillvalue="")
+    )
+
+
+def _wrapped(text: str, size: int) -> list[str]:
+    return textwrap.wrap(text, max(size, 1), max_lines=_TALLEST, placeholder=" …") or [""]
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case list() | tuple():
+            return ", ".join(map(_text, value)) or "-"
+        case Mapping():
+            return ", ".join(f"{k} {_text(v)}" for k, v in value.items()) or "-"
+    return str(value)
+
+
+def page(found: Line) -> str:
+    """What `describe` found, to read."""
+    return "\n\n\n".join(_entry(entry) for entry in found["found"])
+
+
+def _entry(entry: Line) -> str:
+    skipped = {"kind", "name", "summary", "docstring", "fields", "source", "departs", "example"}
+    blocks = [f"{entry['name']} ({entry['kind']})"]
+    about = entry.get("docstring") or entry["summary"]
+    if about:
+        blocks.append(textwrap.indent(about, "  "))
+    facts = {k: v for k, v in entry.items() if k not in skipped and v not in (None, "", [], {})}
+    if not entry.get("docstring") and entry.get("source"):
+        facts["source"] = entry["source"]
+    if facts:
+        blocks.append(_facts({k.replace("_", " "): _text(v) for k, v in facts.items()}))
+    if entry.get("fields"):
+        blocks.append("Fields:\n" + "\n".join(_field(field) for field in entry["fields"]))
+    if entry.get("example"):
+        blocks.append(f"Example: {entry['example']}")
+    return "\n\n".join(blocks)
+
+
+def _field(field: Line) -> str:
+    limits = f" in {field['range']}" if field["range"] else ""
+    head = f"  {field['name']}: {field['type']} = {show_value(field['default'])}{limits}"
+    about = field["doc"] + (f" (source: {field['source']})" if field["source"] else "")
+    return "\n".join([head, *_indented(about)])
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, width(), initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    """Aligned `name  value` lines, wrapped."""
+    margin = max(map(len, facts)) + 4
+    room = max(width() - margin, 20)
+    return "\n".join(
+        f"  {name:<{margin - 2}}" + f"\n{' ' * margin}".join(textwrap.wrap(text, room) or ["-"])
+        for name, text in facts.items()
+    )
+
+
+def cell(record: Mapping[str, Any]) -> str:
+    """One record, to read: outcome, metrics, budget, flags, then where everything came from."""
+    attack, defense = record["attack"], record["defense"]
+    reason = f": {record['reason']}" if record.get("reason") else ""
+    blocks = [
+        f"{defense['short']} against {attack['short']}, {record['model']} on "
+        f"{record['dataset']['name']}, seed {record['seed']}\n"
+        f"cell {record['key']}\n"
+        f"status {record['status']}{reason}"
+    ]
+    for title, facts in (
+        ("Metrics", _metric_lines(record)),
+        ("Budget", {k: _number(v) for k, v in (record.get("budget") or {}).items()}),
+    ):
+        if facts:
+            blocks.append(f"{title}\n{_facts(facts)}")
+    if flags := record.get("flags"):
+        marks = {f["name"]: f"{f['meaning']} Remedy: {f['remedy']}" for f in flags}
+        blocks.append(f"Flags\n{_facts(marks)}")
+    blocks.append(f"Methods\n{_facts(_method_lines(attack, defense))}")
+    blocks.append(f"Provenance\n{_facts(_provenance(record))}")
+    if record.get("details"):
+        blocks.append("Details\n" + textwrap.indent(str(record["details"]).rstrip(), "  "))
+    return "\n\n".join(blocks)
+
+
+def _metric_lines(record: Mapping[str, Any]) -> dict[str, str]:
+    metrics, intervals = record.get("metrics") or {}, record.get("intervals") or {}
+    lines = {}
+    for name, value in metrics.items():
+        if name.endswith("_before") and name.removesuffix("_before") in metrics:
+            continue
+        text = _number(value)
+        if f"{name}_before" in metrics:
+            text = f"{_number(metrics[f'{name}_before'])} -> {text}"
+        if interval := intervals.get(name):
+            text += f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})"
+        lines[name] = text
+    return lines
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else _text(value)
+
+
+def _method_lines(attack: Mapping[str, Any], defense: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "attack": attack["spec"],
+        "attack code": attack["code"],
+        **{k: _text(attack[k]) for k in ("threat", "scope", "labels", "trigger") if k in attack},
+        "defense": defense["spec"],
+        "defense code": defense["code"],
+    }
+
+
+def _provenance(record: Mapping[str, Any]) -> dict[str, str]:
+    data, weights = record["dataset"], record.get("weights") or {}
+    known = {
+        "board": f"{record['board']['name']} version {record['board']['version']}",
+        "data": f"{data['name']}: {data['train']} training, {data['test']} test images",
+        "data source": data["source"],
+        "fingerprint": data["fingerprint"],
+        "recipe": f"{record['recipe']}: {_text(record['plan'])}",
+        "clean share": _text(record["clean_share"]),
+        "clean rows": record.get("clean_rows"),
+        "poisoned rows": record.get("poisoned_rows"),
+        "seed": _text(record["seed"]),
+        "weights before": weights.get("before"),
+        "weights after": weights.get("after"),
+        **{k.replace("_", " "): v for k, v in (record.get("parents") or {}).items()},
+        "hardware": _text(record["hardware"]),
+        "versions": _text(record["versions"]),
+        "commit": record.get("commit"),
+        "started": record.get("started"),
+        "finished": record.get("finished"),
+        "command": record.get("command"),
+    }
+    return {name: _text(value) for name, value in known.items() if value not in (None, "")}

@@ -1,0 +1,468 @@
+"""The command line: one sentence and exit code 2 for bad input; lists, pages and a small run."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from arena import cli, doctor, listing
+from arena.core.registry import BadInput, attacks, defenses
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "torchvision", "timm", "pandas", "datasets", "pyarrow", "PIL", "numpy")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def arena(*words: object) -> Answer:
+    """What the console script does with these words, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", ["arena", *map(str, words)])
+        cli.main()
+    return Answer(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, with a cache outside and no data directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("ARENA_DATA_DIR", "ARENA_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ARENA_CACHE_DIR", str(tmp_path / "cache"))
+    return folder
+
+
+def assert_refused(answer: Answer, *words: str) -> None:
+    """One sentence that holds `words`, and exit code 2."""
+    assert answer.code == 2, answer
+    assert answer.err.startswith("arena: ")
+    assert answer.err.count("\n") == 1, answer.err
+    assert answer.err.endswith((".\n", "?\n"))
+    assert "?." not in answer.err
+    assert "Traceback" not in answer.err
+    assert answer.out == ""
+    for word in words:
+        assert word in answer.err, answer.err
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+TINY = ("-d", "signs:size=100,classes=5", "-m", "fastnet_small", "--recipe", "smoke")
+BAD = {
+    "attack": (("run", "-a", "pach"), "'pach'", "'patch'"),
+    "defense": (("run", "-D", "finetun"), "'finetun'", "'finetune'"),
+    "data set": (("run", "-d", "sgns"), "'sgns'", "'signs'"),
+    "model": (("run", "-m", "fastnt"), "'fastnt'", "'fastnet'"),
+    "library model": (("run", "-m", "timm:resnet81"), "resnet81", "resnet18"),
+    "attack field": (("run", "-a", "patch:rte=0.1"), "'rte'", "'rate'"),
+    "defense field": (("run", "-D", "finetune:epoch=3"), "'epoch'", "'epochs'"),
+    "data field": (("run", "-d", "signs:clases=5"), "'clases'", "'classes'"),
+    "field without value": (("run", "-a", "patch:rate"), "'rate'", "field=value"),
+    "range": (("run", "-a", "patch:rate=7"), "rate", "at most 1", "7"),
+    "data range": (("run", "-d", "signs:classes=99"), "classes", "from 5 to 45", "99"),
+    "choice": (("run", "-a", "patch:place=botom_right"), "place", "'bottom_right'"),
+    "type": (("run", "-a", "patch:rate=much"), "rate", "a number", "'much'"),
+    "file in a field": (("run", "-a", "patch:kind=image,image=no.png"), "image", "'no.png'"),
+    "two fields": (("run", "-a", "patch:mode=all_to_all,victim=1"), "victim"),
+    "recipe": (("run", "--recipe", "fst"), "'fst'", "'fast'"),
+    "clean share": (("run", "--clean-share", "1.5"), "clean_share", "(0, 1]", "1.5"),
+    "timeout": (("run", "--timeout", "0"), "timeout", "above 0"),
+    "seed word": (("run", "-s", "one"), "--seed", "integer", "'one'"),
+    "seed range": (("run", "-s", "-1"), "seed", "-1"),
+    "workers": (("run", "--workers", "0"), "--workers", "0"),
+    "option": (("run", "--atack", "patch"), "'--atack'", "'--attack'"),
+    "command": (("lst", "attacks"), "'lst'", "'list'"),
+    "missing argument": (("info",), "name"),
+    "list kind": (("list", "atacks"), "'atacks'", "'attacks'"),
+    "info": (("info", "fine_prunning"), "'fine_prunning'", "'fine_pruning'"),
+    "info library": (("info", "timm:resnet81"), "resnet81", "resnet18"),
+    "format": (("results", "--format", "jsn"), "'jsn'", "'json'"),
+    "no store": (("results",), "--store"),
+    "store that is not there": (("show", "ab", "--store", "gone"), "'gone'", "--store"),
+    "device": (("run", *TINY, "--device", "cdua"), "'cdua'", "'cuda'"),
+    "device number": (("run", *TINY, "--device", "cuda:x"), "'cuda:x'"),
+    "board file": (("run", "leaderboards/gone/board.toml"), "'leaderboards/gone/board.toml'"),
+    "image folder": (("run", "-d", "imagefolder:gone"), "gone"),
+    "data directory": (("run", "-d", "cifar10", "--data-dir", "gone"), "gone", "cifar10"),
+    "local only": (("run", "-d", "lisa"), "lisa", "--data-dir"),
+    "too small": (("run", "-d", "signs:size=100", "-m", "timm:inception_v3"), "inception_v3", "32"),
+    "target": (("run", *TINY, "-a", "patch:target=7"), "target", "7"),
+}
+
+
+@pytest.mark.parametrize("words", BAD.values(), ids=BAD.keys())
+def test_bad_input(empty: Path, words: tuple[tuple[str, ...], str]) -> None:
+    command, *named = words
+    assert_refused(arena(*command), *named)
+    assert not list(empty.iterdir())
+
+
+BAD_BOARDS = {
+    "key": ('atack = ["patch"]', "'atack'", "'attack'"),
+    "toml": ("attack = [", "mine/board.toml", "cannot be read"),
+    "type": ("seed = 'x'", "seed", "whole numbers", "'x'"),
+    "yes as number": ("seed = true", "seed", "whole numbers"),
+    "name": ("name = 'A board'", "'A board'"),
+    "version": ("version = 0", "version", "0"),
+    "nothing": ("attack = []", "attack"),
+    "method": ("attack = ['blnd']", "'blnd'", "'blend'"),
+    "recipe": ("recipe = 'papr'", "'papr'", "'paper'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BOARDS.values(), ids=BAD_BOARDS.keys())
+def test_bad_board(empty: Path, tmp_path: Path, case: tuple[str, ...]) -> None:
+    content, *named = case
+    board = tmp_path / "boards" / "mine" / "board.toml"
+    board.parent.mkdir(parents=True)
+    board.write_text(content)
+    assert_refused(arena("run", board), *named)
+    assert not list(empty.iterdir())
+
+
+def test_a_board_leaves_no_room_for_flags(empty: Path) -> None:
+    assert_refused(arena("run", "board.toml", "-a", "patch"), "--attack")
+
+
+def test_a_folder_is_no_board(empty: Path, tmp_path: Path) -> None:
+    assert_refused(arena("run", tmp_path), "folder", "board.toml")
+
+
+def test_corrupt_parquet(empty: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "cifar10"
+    data.mkdir(parents=True)
+    for split in ("train", "test"):
+        (data / f"{split}-00000-of-00001.parquet").write_bytes(b"PAR1 this is not Parquet PAR1")
+    answer = arena("run", "-d", "cifar10", "--data-dir", data.parent)
+    assert_refused(answer, ".parquet")
+    assert not list(empty.iterdir())
+
+
+def test_store_is_a_file(empty: Path, tmp_path: Path) -> None:
+    file = tmp_path / "store"
+    file.write_text("mine")
+    for command in (("run", *TINY), ("quickstart",)):
+        assert_refused(arena(*command, "--store", file), str(file), "folder")
+    assert file.read_text() == "mine"
+    assert not list(empty.iterdir())
+
+
+def test_no_free_disk(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    assert_refused(arena("run", *TINY), "room")
+    assert not list(empty.iterdir())
+
+
+def test_no_free_disk_for_the_store(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from arena.store import Store
+
+    monkeypatch.setattr(Store, "free_bytes", lambda store: 1000)
+    assert_refused(arena("run", *TINY), "runs/adhoc", "room", "--store")
+    assert not list(empty.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(empty: Path) -> None:
+    assert_refused(arena("run", *TINY, "--device", "cuda"), "cuda", "no GPU", "--device cpu")
+    assert not list(empty.iterdir())
+
+
+# ---------------------------------------------------------------------------------- lists and info
+
+
+@pytest.mark.parametrize("kind", cli.KINDS)
+def test_list(empty: Path, kind: str) -> None:
+    lines = json.loads(arena("list", kind, "--json").out)
+    text = arena("list", kind)
+    assert text.code == 0
+    for line in lines:
+        assert line["name"].split()[0] in text.out
+    if kind not in ("scanners", "detectors"):
+        assert lines
+    elif not lines:
+        assert text.out == f"There are no {kind} yet.\n"
+
+
+def test_lists_are_complete() -> None:
+    names = {kind: {line["name"] for line in make()} for kind, make in listing.LISTS.items()}
+    assert names["attacks"] == set(attacks.names())
+    assert names["defenses"] == set(defenses.names())
+    assert {"fastnet", "resnet18", "timm:NAME"} <= names["models"]
+    assert {"signs", "cifar10", "imagefolder"} <= names["datasets"]
+    assert "quickstart" in names["boards"]
+
+
+def test_boards_of_the_current_folder_are_listed(empty: Path) -> None:
+    folder = empty / "leaderboards" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "board.toml").write_text("title = 'My own'\n")
+    assert [line["name"] for line in listing.LISTS["boards"]()] == ["quickstart", "mine"]
+    assert "arena run leaderboards/mine/board.toml" in arena("info", "mine").out
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_columns_fit_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = [{"name": "one", "summary": "long " * 40}, {"name": "another", "summary": "short"}]
+    text = listing.columns(lines).splitlines()
+    assert max(map(len, text)) <= width
+    assert {line.index(word) for line in text for word in ("summary", "short") if word in line} == {
+        len("another") + 2
+    }
+
+
+@pytest.mark.parametrize(
+    "name", [*dict.fromkeys([*attacks.names(), *defenses.names()]), "signs", "asr", "resnet18"]
+)
+def test_info(empty: Path, name: str) -> None:
+    found = json.loads(arena("info", name, "--json").out)["found"]
+    text = arena("info", name).out
+    for entry in found:
+        assert f"{name} ({entry['kind']})" in text
+        for field in entry.get("fields", ()):
+            assert f"  {field['name']}: {field['type']}" in text
+
+
+def test_info_tells_all_kinds_of_a_name() -> None:
+    assert [entry["kind"] for entry in listing.describe("none")["found"]] == ["attack", "defense"]
+
+
+def test_info_of_a_field() -> None:
+    (entry,) = listing.describe("patch")["found"]
+    field = {f["name"]: f for f in entry["fields"]}["rate"]
+    assert field["default"] == 0.1
+    assert field["range"] == "(0, 1]"
+    assert field["type"] == "float"
+    assert field["doc"]
+    assert entry["source"].startswith("Gu et al. 2017")
+
+
+@pytest.mark.parametrize("registry", [attacks, defenses], ids=["attacks", "defenses"])
+def test_examples_can_be_built(registry) -> None:
+    for name in registry.names():
+        for entry in listing.describe(name)["found"]:
+            if entry["kind"] == registry.kind:
+                assert registry.build(entry["example"].split(" ", 1)[1]) == registry.build(name)
+
+
+def test_info_names_the_nearest_of_all() -> None:
+    with pytest.raises(BadInput, match="'resnet18'"):
+        listing.describe("resnet-18")
+
+
+# ------------------------------------------------------------------------------------------ doctor
+
+
+def findings(answer: Answer) -> dict[str, dict[str, str]]:
+    return {finding["what"]: finding for finding in json.loads(answer.out)}
+
+
+def test_doctor(empty: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "mnist").mkdir(parents=True)
+    (tmp_path / "data" / "mnist" / "train-0.parquet").touch()
+    words = ("doctor", "--data-dir", tmp_path / "data")
+    found = findings(arena(*words, "--json"))
+    assert {"python", "torch", "processor", "bf16", "gpu", "memory", "isolation"} <= set(found)
+    assert "mnist" in found["data"]["found"]
+    assert found["data"]["state"] == "ok"
+    for finding in found.values():
+        assert (finding["state"] == "ok") == (finding["mend"] == "")
+        assert finding["mend"] == "" or finding["mend"].endswith(".")
+    text = arena(*words)
+    assert text.code == 0
+    assert text.out.count("mend: ") == sum(bool(f["mend"]) for f in found.values())
+    assert not list(empty.iterdir())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_doctor_finds_what_is_bad(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "no_such_package"))
+    answer = arena("doctor", "--data-dir", "gone", "--json")
+    found = findings(answer)
+    assert answer.code == 1
+    assert [found[what]["state"] for what in ("data", "cache", "store", "packages")] == ["bad"] * 4
+    assert "no_such_package" in found["packages"]["found"]
+
+
+def test_doctor_sees_a_wrong_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = ["numpy", "torch==2.8.0", "gdown; extra == 'gdown'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needs)
+    assert doctor._mismatch("2.8.0+cu128") == ""
+    assert "2.8.0" in doctor._mismatch("2.9.1")
+
+
+# ---------------------------------------------------------------------------------------- start-up
+
+
+@pytest.mark.parametrize(
+    ("words", "most"), [(["--help"], 2.0), (["list", "attacks"], 3.0), (["info", "patch"], 3.0)]
+)
+def test_start_up_is_light(words: list[str], most: float) -> None:
+    """Generous limits: a loaded machine is no failure, an imported torch is."""
+    code = (
+        "import sys; from arena.cli import main; sys.argv[0] = 'arena'\n"
+        "try: main()\n"
+        f"finally: print(*({HEAVY} & sys.modules.keys()), file=sys.stderr)"
+    ).replace(str(HEAVY), str(set(HEAVY)))
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split() == []
+    assert seconds < most
+
+
+# ------------------------------------------------------------------------------------- a small run
+
+RUN = ("run", "-d", "signs:size=600,classes=5", "-m", "fastnet_small", "--recipe", "smoke")
+MATRIX = (*RUN, "-a", "patch", "-D", "finetune:epochs=1", "-s", "0", "--device", "cpu")
+NEEDED = {
+    *("board", "dataset", "model", "attack", "defense", "seed", "status", "reason"),
+    *("acc", "asr", "ra", "acc_before", "asr_before", "clean_twin_acc", "seconds"),
+}
+SHARES = ("acc", "asr", "ra", "acc_before", "asr_before", "clean_twin_acc")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The store of one small run: one attack, one defense, and the null methods."""
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("ARENA_CACHE_DIR", str(folder / "cache"))
+        patch.delenv("ARENA_DATA_DIR", raising=False)
+        plan = arena(*MATRIX, "--store", "demo", "--dry-run")
+        assert plan.code == 0, plan.err
+        assert "8 cells, 0 cached; 2 models to train" in plan.out
+        assert not (folder / "demo").exists()  # a plan writes nothing
+        answer = arena(*MATRIX, "--store", "demo")
+        assert answer.code == 0, answer.err
+        assert "8 cells done, 0 were there before" in answer.out
+        yield folder / "demo"
+
+
+def rows_of(store: Path, *words: str) -> list[dict]:
+    return json.loads(arena("results", "--store", store, "--format", "json", *words).out)
+
+
+def test_rows_for_scripts(store: Path) -> None:
+    rows = rows_of(store)
+    assert len(rows) == 8
+    for row in rows:
+        assert set(row) >= NEEDED
+        assert all(row[name] is None or 0 <= row[name] <= 1 for name in SHARES)
+        assert row["acc"] is not None
+        assert (row["asr"] is None) == (row["attack_name"] == "none")
+    assert {row["defense_name"] for row in rows} == {"none", "retrain", "random_prune", "finetune"}
+    assert "rate=0.1" in {r["attack_name"]: r["attack"] for r in rows}["patch"]  # the full spec
+
+
+def test_the_null_defense_moves_nothing(store: Path) -> None:
+    for row in rows_of(store, "-D", "none"):
+        assert [row[n] for n in ("acc", "asr", "ra")] == [
+            row[f"{n}_before"] for n in ("acc", "asr", "ra")
+        ]
+
+
+def test_the_second_run_does_no_work(store: Path) -> None:
+    def content() -> dict[str, int]:
+        folders = ("artifacts", "records")
+        files = (f for name in folders for f in (store / name).rglob("*") if f.is_file())
+        return {str(file): file.stat().st_mtime_ns for file in files}
+
+    before = content()
+    answer = arena(*MATRIX, "--store", store)
+    assert answer.code == 0, answer.err
+    assert "0 cells done, 8 were there before" in answer.out
+    assert content() == before
+
+
+@pytest.mark.parametrize("format", ["table", "md", "csv", "latex"])
+def test_null_methods_stand_in_every_table(store: Path, format: str) -> None:
+    answer = arena("results", "--store", store, "--format", format)
+    assert answer.code == 0
+    text = answer.out.replace("\\", "")
+    assert all(name in text for name in ("retrain", "random_prune", "finetune", "patch"))
+    if format == "csv":
+        assert len(list(csv.DictReader(io.StringIO(answer.out)))) >= 4
+
+
+def test_results_are_filtered(store: Path) -> None:
+    assert len(rows_of(store, "-a", "patch", "-D", "retrain", "-s", "0")) == 1
+    assert rows_of(store, "-s", "5") == []
+    assert_refused(arena("results", "--store", store, "-a", "pach"), "'pach'", "'patch'")
+    assert_refused(arena("results", "--store", store, "--board", "adhc"), "'adhc'", "'adhoc'")
+
+
+def test_show(store: Path, tmp_path: Path) -> None:
+    (row,) = rows_of(store, "-a", "patch", "-D", "finetune")
+    record = json.loads(arena("show", row["key"], "--store", store, "--json").out)
+    assert record["key"] == row["key"]
+    picture = tmp_path / "strip.png"
+    answer = arena("show", row["key"][:12], "--store", store, "--picture", picture)
+    assert answer.code == 0, answer.err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = " ".join(answer.out.split())
+    for needed in (
+        f"{row['acc_before']:.4f} -> {row['acc']:.4f}",
+        "95 % interval",
+        row["fingerprint"],
+        record["weights"]["after"],
+        record["attack"]["code"],
+        record["hardware"]["device"],
+        record["parents"]["twin"],
+        record["finished"],
+    ):
+        assert needed in text
+    for flag in record["flags"]:
+        assert flag["remedy"] in text
+    assert_refused(arena("show", "zz", "--store", store), "'zz'")
+    assert_refused(arena("show", "", "--store", store), "''")
+
+
+def test_leaderboard_build(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "board"
+    answer = arena("leaderboard", "build", "--store", store, "--out", out)
+    assert answer.code == 0, answer.err
+    assert {path.suffix for path in out.iterdir()} >= {".md", ".csv", ".json", ".html", ".tex"}
+    page = next(out.glob("*.html")).read_text()
+    assert "data:image/png;base64," in page
+    for path in answer.out.split():
+        assert os.path.getsize(path)
+    wrong = arena("leaderboard", "build", "adhc", "--store", store)
+    assert_refused(wrong, "'adhc'", "'adhoc'")
