@@ -63,7 +63,7 @@ class Board:
             )
         if not 0 < self.clean_share <= 1:
             raise BadInput(f"clean_share must lie in (0, 1], got {self.clean_share:g}.")
-        if self.timeout is not None and self.timeout <= 0:
+        if self.timeout is not None and not self.timeout > 0:
             raise BadInput(f"timeout must be above 0 seconds, got {self.timeout:g}.")
         for seed in self.seed:
             if not 0 <= seed < 2**31:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -237,7 +237,7 @@ def _device(name: str) -> str:
         if count == 0:
             raise BadInput(f"--device {name}: no GPU can be used here; `--device cpu` works.")
         if index and int(index) >= count:
-            raise BadInput(f"--device {name}: there are {count} GPUs; the last is cuda:{count - 1}.")
+            raise BadInput(f"--device {name}: the last of {count} GPUs is cuda:{count - 1}.")
     return name
 
 
@@ -537,8 +537,6 @@ def doctor(
                 print(f"      {'':<16} mend: {finding.mend}")
     raise typer.Exit(1 if any(finding.state == "bad" for finding in findings) else 0)
 
-
-Command = Callable[..., None]
 
 if __name__ == "__main__":
     main()

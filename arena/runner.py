@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,11 +32,11 @@ from arena import data as datasets
 from arena.boards import Board
 from arena.core import checks, models, training
 from arena.core.metric_list import der, wilson
-from arena.core.registry import BadInput, code_hash, short_spec, spec_of
+from arena.core.registry import BadInput, code_hash, nearest, short_spec, spec_of
 from arena.core.seeding import stream
 from arena.data import Dataset
 from arena.referee import isolate
-from arena.referee.isolate import Failed, Interrupted, Refused, Stop
+from arena.referee.isolate import Failed, Refused, Stop
 from arena.store import Artifact, DiskFull, Store, digest, file_sha256, load_tensors, save_tensors
 
 log = logging.getLogger("arena")
@@ -275,7 +275,6 @@ class Summary:
     done: int = 0  # cells computed now
     cached: int = 0  # cells that were there before
     failed: list[dict[str, Any]] = field(default_factory=list)  # their records
-    stopped: bool = False
 
 
 @dataclass
@@ -393,7 +392,6 @@ class Runner:
                     )
         except BaseException:
             self.stop.event.set()
-            summary.stopped = True
             wait(running)
             for _, (lock, _) in running.values():
                 lock.release()
@@ -814,8 +812,6 @@ def board_records(store: Store, name: str | None = None) -> list[dict[str, Any]]
     if name is not None:
         names = {board["name"] for board in boards}
         if name not in names:
-            from arena.core.registry import nearest
-
             raise BadInput(f"There is no board {name!r} in this store; {nearest(name, names)}.")
         boards = [board for board in boards if board["name"] == name]
     found = {record["key"]: record for record in store.records()}
@@ -824,17 +820,4 @@ def board_records(store: Store, name: str | None = None) -> list[dict[str, Any]]
         for board in boards
         for key in board["cells"]
         if key in found
-    ]
-
-
-def interrupted(error: BaseException) -> bool:
-    return isinstance(error, (KeyboardInterrupt, Interrupted))
-
-
-def records_in(rows: Sequence[Mapping[str, Any]], **filters: str) -> list[Mapping[str, Any]]:
-    """The flat rows whose columns start with the words given (None: any)."""
-    return [
-        row
-        for row in rows
-        if all(str(row[key]).startswith(word) for key, word in filters.items() if word is not None)
     ]

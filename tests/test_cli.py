@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 def arena(*words: object) -> Answer:
     """What the console script does with these words, in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with (
+    with (  # noqa: PT012
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
