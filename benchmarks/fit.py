@@ -1,6 +1,7 @@
 """Images per second of `fit` against a plain PyTorch loop, same network, same run.
 
     python benchmarks/fit.py [--networks resnet20 resnet18] [--images 2048] [--repeats 3]
+        [--keep-memory]
 
 The plain loop is what most code of the field does: a DataLoader with two workers, torchvision's
 transforms on one PIL image after the other (random crop, flip, to tensor, normalise), float32,
@@ -33,6 +34,7 @@ from arena.core import models, progress
 from arena.core.contracts import Images
 from arena.core.seeding import stream
 from arena.core.training import Recipe, fit, has_bf16
+from arena.referee.isolate import keep_freed_memory
 
 AIMS = {"resnet20": 2.5, "resnet18": 3.2}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -145,15 +147,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="let glibc keep freed buffers, on both sides, as the arena's workers do",
+    )
     options = parser.parse_args()
     if options.images < 2 * options.batch:
         parser.error("--images must be at least twice --batch: the first batch is not timed")
+    if options.keep_memory:
+        keep_freed_memory()
     device = torch.device(options.device)
     data, what = cifar(options.images)
     print(
         f"{what}, {len(data)} images, batch {options.batch}, {device}, torch {torch.__version__}; "
         f"load average {os.getloadavg()[0]:.2f}, {torch.get_num_threads()} threads, "
-        f"bf16 {'yes' if has_bf16(device) else 'no'}",
+        f"bf16 {'yes' if has_bf16(device) else 'no'}, "
+        f"freed memory {'kept' if options.keep_memory else 'as glibc likes'}",
         flush=True,
     )
     for name in options.networks:

@@ -224,9 +224,9 @@ def _die_with_runner() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed buffers: fresh pages for every activation cost a third of the time.
+    """Let glibc keep freed buffers, since fresh pages for every activation cost time.
 
-    Measured by benchmarks/fit.py on two cores; harmless elsewhere, ignored without glibc.
+    `benchmarks/fit.py --keep-memory` tells how much; without glibc nothing happens.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
