@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import platform
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -408,9 +410,10 @@ class Runner:
             if task.twin is not None and task.twin.key in broken:
                 error = broken[task.twin.key]
                 raise Failed(error.kind, f"its clean twin: {error.reason}", error.details)
-            return self._train(task, device)
+            with _explained():
+                return self._train(task, device)
         if self.cached(task):
-            return self.store.record(task.key)
+            return {**(self.store.record(task.key) or {}), "elsewhere": True}
         return self._defend(task, device, broken)
 
     # ----------------------------------------------------------------------------------- victims
@@ -505,9 +508,11 @@ class Runner:
         """The victim's artifact; one that turns out to be damaged is trained again."""
         artifact = self.store.artifact(victim.key)
         if artifact is None:
-            device = self._devices[0]
-            log.warning("%s is trained again.", victim.name)
-            artifact = self._train(victim, device)
+            with self.store.lock(victim.key):  # somebody else may have noticed as well
+                artifact = self.store.artifact(victim.key)
+                if artifact is None:
+                    log.warning("%s is trained again.", victim.name)
+                    artifact = self._train(victim, self._devices[0])
         return artifact
 
     def _guarded(self, job: dict[str, Any], name: str, **options: Any) -> dict[str, Any]:
@@ -531,7 +536,8 @@ class Runner:
                 if needed is not None and needed.key in broken:
                     error = broken[needed.key]
                     raise Failed(error.kind, f"{needed.label}: {error.reason}", error.details)
-            record |= self._repaired(cell, device)
+            with _explained():
+                record |= self._repaired(cell, device)
         except Failed as error:
             record |= {"status": error.kind, "reason": error.reason, "details": error.details}
         record |= {"started": started, "finished": _now()}
@@ -554,11 +560,13 @@ class Runner:
             raise Failed("failed", str(error)) from error
         clean = train.take(chosen)
         save_tensors(folder / "clean.safetensors", {"x": clean.x, "y": clean.y})
+        # a copy: beside the original lie the poisoned and the triggered images
+        shutil.copyfile(artifact.path("weights"), folder / "victim.safetensors")
         result = self._guarded(
             {
                 **self._job("repair", victim, device, folder),
                 "spec": spec_of(cell.defense),
-                "weights": str(artifact.path("weights")),
+                "weights": str(folder / "victim.safetensors"),
                 "clean": str(folder / "clean.safetensors"),
             },
             cell.name,
@@ -607,10 +615,11 @@ class Runner:
             )
         metrics["clean_twin_acc"] = twin["acc"] if twin else metrics["acc_before"]
         metrics |= before.get("twin", {})
-        metrics |= {k: _finite(v) for k, v in before.get("stealth", {}).items()}
+        metrics |= before.get("stealth", {})
         if cell.twin_cell is not None:
             harmed = self.store.record(cell.twin_cell.key)
             metrics["twin_acc_drop"] = (harmed or {}).get("metrics", {}).get("acc_drop")
+        metrics = {name: _finite(value) for name, value in metrics.items()}
         classes = victim.setting.dataset.num_classes
         status = checks.status(metrics, measured["top_class_share"], classes)
         raised = checks.flags(
@@ -672,21 +681,33 @@ class Runner:
     def _write_board(self) -> None:
         board = self.plan.board
         cells = [cell.key for cell in self.plan.cells]
-        if board.name == "adhoc":  # grows from run to run
-            for known in self.store.boards():
-                if (known["name"], known["version"]) == (board.name, board.version):
-                    cells = [k for k in known["cells"] if k not in set(cells)] + cells
-        self.store.write_board(
-            board.name,
-            board.version,
-            {
-                "name": board.name,
-                "version": board.version,
-                "definition": board.definition(),
-                "command": self.command,
-                "cells": cells,
-            },
-        )
+        with self.store.lock(f"board-{board.name}"):
+            if board.name == "adhoc":  # grows from run to run
+                for known in self.store.boards():
+                    if (known["name"], known["version"]) == (board.name, board.version):
+                        cells = [k for k in known["cells"] if k not in set(cells)] + cells
+            self.store.write_board(
+                board.name,
+                board.version,
+                {
+                    "name": board.name,
+                    "version": board.version,
+                    "definition": board.definition(),
+                    "command": self.command,
+                    "cells": cells,
+                },
+            )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns an error of ours into a failed task with a reason, so that the rest goes on."""
+    try:
+        yield
+    except (Failed, DiskFull, BadInput):
+        raise
+    except Exception as error:
+        raise Failed("failed", isolate.explain(error), traceback.format_exc()[-4000:]) from error
 
 
 def _needs(task: Victim | Cell) -> Iterable[str]:
@@ -699,6 +720,10 @@ def _needs(task: Victim | Cell) -> Iterable[str]:
 
 
 def _count(summary: Summary, record: Mapping[str, Any] | None) -> None:
+    """Enter a finished cell; one that another runner did counts as there before."""
+    if record is not None and record.get("elsewhere"):
+        summary.cached += 1
+        return
     summary.done += 1
     if record is not None and record["status"] not in FINAL:
         summary.failed.append(dict(record))
@@ -715,7 +740,7 @@ def _minus(one: float | None, two: float | None) -> float | None:
 
 
 def _finite(value: float | None) -> float | None:
-    return value if value is not None and abs(value) != float("inf") else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _now() -> str:

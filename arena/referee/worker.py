@@ -7,6 +7,7 @@ clean set, its settings and a seed. Neither is told where the store or the other
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -172,8 +173,9 @@ def measure(job: Job, line: Line) -> dict[str, Any]:
 def stealth(clean: Tensor, triggered: Tensor, limit: int = 2000) -> dict[str, float | None]:
     """How far the triggered images are from the clean ones (uint8), on the first `limit`."""
     one, two = training.to_float(clean[:limit]), training.to_float(triggered[:limit])
+    ratio = metrics.psnr(one, two)
     return {
-        "psnr": metrics.psnr(one, two),
+        "psnr": ratio if math.isfinite(ratio) else None,  # the trigger changes nothing
         "ssim": metrics.ssim(one, two),
         "l2": metrics.l2(one, two),
         "linf": metrics.linf(one, two),
