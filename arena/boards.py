@@ -165,5 +165,5 @@ QUICKSTART = Board(
     # The rate decides what fine-tuning does to a backdoor, so it stands there twice.
     defense=("finetune", "finetune:lr=0.01", "fine_pruning"),
     seed=(0,),
-    recipe="fast",
+    recipe="smoke",  # a few minutes on two cores without bf16, too
 )

@@ -408,7 +408,8 @@ def spoil(folder: Path, what: str) -> None:
         ("shard columns", r"the train files in .* differ in their columns"),
     ],
 )
-def test_faults_are_one_sentence_that_names_the_culprit(folder, own_cache, what, says):
+def test_faults_are_one_sentence_that_names_the_culprit(folder, own_cache, monkeypatch, what, says):
+    monkeypatch.setattr(readers, "_CHUNK", 4)
     spoil(folder, what)
     with pytest.raises(DataError, match=says) as error:
         arena.data.load(f"parquet:{folder}")
@@ -547,6 +548,17 @@ def test_without_a_network_the_sentence_says_what_to_do(hub):
     assert "--data-dir" in str(error.value)
     assert "Couldn't reach 'uoft-cs/cifar10'" in str(error.value)
     assert "second line" not in str(error.value)
+
+
+def test_a_damaged_image_of_the_hub_is_named_by_its_row(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(readers, "_CHUNK", 7)
+    images = [*pictures(20)]
+    images[12] = b"no image"
+    for split in ("train", "test"):
+        file = write_parquet(tmp_path / f"{split}.parquet", images, [*range(10)] * 2)
+        hub.files["uoft-cs/cifar10", None, split] = file
+    with pytest.raises(DataError, match=r"row 12 of uoft-cs/cifar10 \(train\) holds a damaged"):
+        arena.data.load("cifar10")
 
 
 def test_ten_classes_are_kept_of_tiny_imagenet(tmp_path, hub):

@@ -26,7 +26,7 @@ class Retrain:
     null: ClassVar[bool] = True
 
     epochs: int = param(30, "passes over the clean set", low=1)
-    min_steps: int = param(500, "updates at least; a small set gets more passes", low=0)
+    min_steps: int = param(300, "updates at least; a small set gets more passes", low=0)
     batch: int = param(128, "images per update; a smaller set lowers it", low=2)
     lr: float | None = param(
         None, "peak rate; none: that of the network's recipe, in proportion to the batch", above=0
