@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arena.api import Repaired, Victim, evaluate, repair, train
-    from arena.core.registry import BadInput, attacks, defenses
+    from arena.core.registry import BadInput
     from arena.data import Dataset, load
 
 _HOMES = {
@@ -28,8 +28,6 @@ _HOMES = {
     "evaluate": "arena.api",
     "Victim": "arena.api",
     "Repaired": "arena.api",
-    "attacks": "arena.core.registry",
-    "defenses": "arena.core.registry",
     "BadInput": "arena.core.registry",
 }
 
@@ -38,8 +36,6 @@ __all__ = [
     "Dataset",
     "Repaired",
     "Victim",
-    "attacks",
-    "defenses",
     "evaluate",
     "load",
     "repair",

@@ -778,7 +778,7 @@ def describe_defense(defense: Any) -> dict[str, Any]:
 def provenance(device: str, threads: int) -> dict[str, Any]:
     """Hardware, versions and commit of this process."""
     where = torch.device(device)
-    packages = ("backdoor-arena", "torch", "torchvision", "timm", "numpy", "safetensors")
+    packages = ("backdoor-arena", "torchvision", "timm", "numpy", "safetensors")
     return {
         "hardware": {
             "device": torch.cuda.get_device_name(where) if where.type == "cuda" else processor(),
@@ -792,6 +792,7 @@ def provenance(device: str, threads: int) -> dict[str, Any]:
             "system": platform.platform(),
             "cuda": torch.version.cuda if where.type == "cuda" else None,
             **{name: _version(name) for name in packages},
+            "torch": torch.__version__,  # with the build
         },
         "commit": _commit(),
     }

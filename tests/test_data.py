@@ -798,6 +798,14 @@ def test_changed_files_are_read_again(folder):
     assert np.array_equal(again.test.x[0].permute(1, 2, 0), test[0])
 
 
+def test_a_change_of_the_same_size_is_noticed(own_cache):
+    file, root = own_cache / "some.parquet", cache.directory(None)
+    for text in (b"one", b"two"):
+        file.write_bytes(text)
+        os.utime(file, ns=(0, text[0]))
+        assert cache.file_digests([file], root) == [hashlib.sha256(text).hexdigest()]
+
+
 def test_tensors_can_be_written_to_and_the_cache_stays(folder):
     first = arena.data.load(f"parquet:{folder}")
     before = first.train.x.clone()

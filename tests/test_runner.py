@@ -298,7 +298,7 @@ def test_a_key_changes_with_what_makes_the_result(plan: Plan) -> None:
     assert keys(name="other", version=2, timeout=9.0, title="x") == same
     for change in ({"seed": (1,)}, {"clean_share": 0.1}, {"recipe": "fast"}):
         assert not keys(**change) & same
-    assert len(keys(attack=("patch:size=2",)) & same) == 3  # those of the clean twin
+    assert len(keys(attack=("patch:size=6",)) & same) == 3  # those of the clean twin
     assert len(keys(defense=("finetune:epochs=2",)) & same) == 4  # the null defenses
 
 
