@@ -110,8 +110,8 @@ class Cell:
 @dataclass(frozen=True)
 class Plan:
     board: Board
-    victims: tuple[Victim, ...]  # twins first
-    cells: tuple[Cell, ...]  # those of the twins first
+    victims: tuple[Victim, ...]  # by seed, twins first
+    cells: tuple[Cell, ...]  # by seed, those of the twins first
 
 
 def method_identity(instance: Any) -> dict[str, Any]:
@@ -153,8 +153,12 @@ def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
     for reasons in refusals.values():
         if all(reasons):
             raise BadInput(reasons[0])
-    order = lambda item: (item.victim if isinstance(item, Cell) else item).twin is not None  # noqa: E731
-    return Plan(board, tuple(sorted(victims, key=order)), tuple(sorted(cells, key=order)))
+    # seed by seed, so that a run cut short leaves whole tables; twins first, others wait for them
+    return Plan(
+        board,
+        tuple(sorted(victims, key=lambda victim: (victim.seed, victim.twin is not None))),
+        tuple(sorted(cells, key=lambda c: (c.victim.seed, c.twin_cell is not None))),
+    )
 
 
 def make_setting(dataset: Dataset, model: str, recipe: str) -> Setting:

@@ -130,9 +130,7 @@ def _open(folder: Path, name: str, quiet: bool = False) -> Entry | None:
             )
             for split in SPLITS
         }
-        return Entry(
-            tuple(meta["classes"]), meta["source"], meta["fingerprint"], arrays, folder
-        )
+        return Entry(tuple(meta["classes"]), meta["source"], meta["fingerprint"], arrays, folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if not quiet:
             _log.warning(
