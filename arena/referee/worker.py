@@ -2,7 +2,8 @@
 
 An attack is given the training images, its settings and a seed; the images on which it is scored
 reach it only after its victim is written. A repair is given weights, the network's name, the
-clean set, its settings and a seed. Neither is told where the store or the other's files are.
+clean set, its settings and a seed. That is separation by process and by what a job names, against
+peeking by design or by accident; it is no sandbox: a hostile method could still search the disk.
 """
 
 from __future__ import annotations
