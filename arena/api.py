@@ -57,7 +57,7 @@ def train(
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     method = attacks.build(attack) if isinstance(attack, str) else attack
-    method.check(data.shape, data.num_classes)
+    method.check(data.shape, data.counts)
     trigger = method.prepare(data.train, stream(seed, "prepare"))
     poisoned = method.poison(data.train, trigger, stream(seed, "poison"))
     plan = training.recipe(recipe, models.info(model).overrides.get(recipe))
@@ -95,4 +95,3 @@ def evaluate(subject: Victim | Repaired) -> dict[str, float | None]:
     found["asr"] = metrics.asr(answers, wanted, counted)
     found["ra"] = metrics.ra(answers, test.y, counted)
     return found
-

@@ -146,9 +146,7 @@ def run(
     clean_share: Annotated[
         float | None, typer.Option(help="The defender's share of the training set, in (0, 1].")
     ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(help="Seconds that one method may take.")
-    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that one method may take.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Methods that run side by side.")] = 1,
     data_dir: DataDirOption = None,
@@ -461,9 +459,7 @@ def show(
     cell: Annotated[str, typer.Argument(help="The first letters of a cell's key.")],
     store: StoreOption = None,
     as_json: JsonOption = False,
-    picture: Annotated[
-        Path | None, typer.Option(help="Where to write the pictures (PNG).")
-    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where to write the pictures (PNG).")] = None,
 ) -> None:
     """One cell: metrics, provenance, pictures."""
     from arena import listing

@@ -34,7 +34,7 @@ from arena import data as datasets
 from arena.boards import Board
 from arena.core import checks, models, training
 from arena.core.metric_list import der, wilson
-from arena.core.registry import BadInput, code_hash, nearest, short_spec, spec_of
+from arena.core.registry import BadInput, code_hash, nearest, registry_of, short_spec, spec_of
 from arena.core.seeding import stream
 from arena.data import Dataset
 from arena.referee import isolate
@@ -66,9 +66,7 @@ class Setting:
             "data": self.dataset.fingerprint,
             "model": self.model,
             "recipe": dataclasses.asdict(self.plan),
-            "network": code_hash(
-                "arena.core.victims", models.info(self.model).build.__module__
-            ),
+            "network": code_hash("arena.core.victims", models.info(self.model).build.__module__),
             "protocol": PROTOCOL,
         }
 
@@ -115,14 +113,26 @@ class Plan:
 
 
 def method_identity(instance: Any) -> dict[str, Any]:
-    """What makes a method's results: full spec, code, and the content of files that it names."""
-    files = {
-        f.name: file_sha256(Path(value).expanduser())
-        for f in dataclasses.fields(instance)
-        if f.metadata.get("path") and (value := getattr(instance, f.name))
-    }
-    code = code_hash(type(instance).__module__)
-    return {"spec": spec_of(instance), "code": code, **({"files": files} if files else {})}
+    """What makes a method's results: full spec, code, the content of files and folders that it
+    names, and the same of the methods that it wraps."""
+    files: dict[str, Any] = {}
+    wrapped: dict[str, Any] = {}
+    for f in dataclasses.fields(instance):
+        if not (value := getattr(instance, f.name)):
+            continue
+        if f.metadata.get("path"):
+            files[f.name] = file_sha256(Path(value).expanduser())
+        elif f.metadata.get("folder"):
+            folder = Path(value).expanduser()
+            files[f.name] = {
+                str(path.relative_to(folder)): file_sha256(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+        elif kind := f.metadata.get("spec"):
+            wrapped[f.name] = method_identity(registry_of(kind).build(value))
+    found = {"spec": spec_of(instance), "code": code_hash(type(instance).__module__)}
+    return found | ({"files": files} if files else {}) | ({"wrapped": wrapped} if wrapped else {})
 
 
 def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
@@ -176,7 +186,7 @@ def make_setting(dataset: Dataset, model: str, recipe: str) -> Setting:
 def make_victim(setting: Setting, attack: Any, seed: int, twin: Victim | None) -> Victim:
     refusal = ""
     try:
-        attack.check(setting.dataset.shape, setting.dataset.num_classes)
+        attack.check(setting.dataset.shape, setting.dataset.counts)
     except BadInput as error:
         refusal = str(error)
     key = digest(

@@ -103,7 +103,7 @@ class Store:
             try:
                 found = json.loads(marker.read_text())["format"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise BadInput(f"{marker} is damaged; write {{\"format\": {FORMAT}}}.") from error
+                raise BadInput(f'{marker} is damaged; write {{"format": {FORMAT}}}.') from error
             if found != FORMAT:
                 raise BadInput(
                     f"The store {str(root)!r} has format {found}, this version reads {FORMAT}; "

@@ -71,9 +71,10 @@ class Lines:
             case "finished":
                 self.clock.done += event["seconds"]
                 left = self.clock.left()
-                self._say(f"{event['name']}: {outcome(event)}" + (
-                    f" (about {duration(left)} left)" if left else ""
-                ))
+                self._say(
+                    f"{event['name']}: {outcome(event)}"
+                    + (f" (about {duration(left)} left)" if left else "")
+                )
 
     def _say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

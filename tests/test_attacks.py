@@ -141,12 +141,12 @@ def test_a_trigger_travels_to_another_process(name):
 
 def test_classes_that_do_not_exist_are_refused_before_training(name):
     attack = attacks.build(name)
-    attack.check((3, 32, 32), 10)
+    attack.check((3, 32, 32), [100] * 10)
     with pytest.raises(BadInput, match="at least two classes"):
-        attack.check((3, 32, 32), 1)
+        attack.check((3, 32, 32), [100])
     if hasattr(attack, "target"):
         with pytest.raises(BadInput, match="target 10 is not a class"):
-            dataclasses.replace(attack, target=10).check((3, 32, 32), 10)
+            dataclasses.replace(attack, target=10).check((3, 32, 32), [100] * 10)
 
 
 # -------------------------------------------------------------------------------------- patch
@@ -243,7 +243,7 @@ def test_a_random_place_stays_inside_the_margins(height, width, size, margin, pl
     train = images(12, 2, channels, height, width)
     train = Images(train.x // 2, train.y)  # no white pixel but the patch's
     attack = Patch(kind="square", size=size, margin=margin, place=place)
-    attack.check((channels, height, width), 2)
+    attack.check((channels, height, width), [100] * 2)
     out = stamped(attack, train)
     for image, clean in zip(out, train.x, strict=True):
         lit = (image == 255).all(0)
@@ -404,9 +404,9 @@ def test_pictures_that_do_not_do_are_refused(tmp_path):
         (Blend(pattern="image", image=str(text)), "cannot be read"),
     ):
         with pytest.raises(BadInput, match=message):
-            attack.check((3, 32, 32), 10)
+            attack.check((3, 32, 32), [100] * 10)
     with pytest.raises(BadInput, match="1 or 3 channels"):
-        Blend(pattern="image", image=picture).check((4, 32, 32), 10)
+        Blend(pattern="image", image=picture).check((4, 32, 32), [100] * 10)
 
 
 @pytest.mark.parametrize(
@@ -449,12 +449,12 @@ def test_fields_that_make_no_attack_are_refused_when_it_is_built(spec, message):
 )
 def test_attacks_that_do_not_fit_the_data_are_refused_before_training(spec, shape, message):
     with pytest.raises(BadInput, match=message):
-        attacks.build(spec).check(shape, 10)
+        attacks.build(spec).check(shape, [100] * 10)
 
 
 def test_the_largest_patch_fits():
     attack = Patch(kind="square", size=28, margin=2, place="per_image")
-    attack.check((3, 32, 32), 10)
+    attack.check((3, 32, 32), [100] * 10)
     assert (stamped(attack, black())[0, :, 2:30, 2:30] == 255).all()
 
 

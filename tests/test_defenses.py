@@ -214,9 +214,7 @@ def test_the_mask_survives_fine_tuning(planted, clean, rng, monkeypatch):
         return fitted
 
     monkeypatch.setattr(fine_pruning, "fit", spy)
-    repaired = defenses.build("fine_pruning:epochs=4,crop=1,cutout=0").repair(
-        planted, clean, rng
-    )
+    repaired = defenses.build("fine_pruning:epochs=4,crop=1,cutout=0").repair(planted, clean, rng)
     assert not torch.equal(repaired.body.head.weight, planted.body.head.weight)
     assert (repaired.body.head.weight[:, toys.CHANNEL] == 0).all()
     assert torch.allclose(repaired(toys.stamp(clean.x / 255)), during[0], atol=1e-5)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arena.core import training
-from arena.core.contracts import Images
+from arena.core import models, training
+from arena.core.contracts import Images, Step
 from arena.core.registry import BadInput
 from arena.core.seeding import stream
 from arena.core.training import RECIPES, Recipe, accuracy, finetuning, fit, logits, recipe, split
@@ -175,12 +175,13 @@ def test_hooks_draw_from_a_stream_of_their_own(net, data):
 
 
 def test_extra_loss_is_added(net, data):
-    def nothing(model: nn.Module, batch: Images, out: Tensor, rng: torch.Generator) -> Tensor:
-        assert out.shape == (16, 3)
-        return out.sum() * 0
+    def nothing(step: Step) -> Tensor:
+        assert step.logits.shape == (16, 3)
+        assert step.loss.ndim == 0
+        return step.logits.sum() * 0
 
-    def small(model: nn.Module, batch: Images, out: Tensor, rng: torch.Generator) -> Tensor:
-        return 10 * out.float().square().mean()
+    def small(step: Step) -> Tensor:
+        return 10 * step.logits.square().mean()
 
     one = trained(net, data)
     assert same(one, trained(net, data, extra_loss=nothing))
@@ -195,7 +196,7 @@ def test_extra_loss_is_added(net, data):
 
 def shown(data: Images, plan: Recipe, epoch: int = 0, batch: int = 70, seed: int = 0) -> Images:
     """The first batch of an epoch."""
-    return Images(*next(training._Augmented(data, plan, seed, CPU).epoch(epoch, batch)))
+    return next(training._Augmented(data, plan, seed, CPU).epoch(epoch, batch, stream(0)))
 
 
 @pytest.fixture
@@ -424,3 +425,88 @@ def test_bad_input_is_named(net, data):
 def test_a_loss_that_is_not_finite_stops_the_run(net, data):
     with pytest.raises(FloatingPointError, match="became nan in epoch 1"):
         trained(net, data, extra_loss=lambda *_: torch.tensor(float("nan")))
+
+
+# ---------------------------------------------------------------------- hooks of stronger attackers
+
+
+def test_on_image_sees_the_stored_images_of_its_rows_before_augmentation(net, data):
+    seen: list[Images] = []
+
+    def look(batch: Images, rng: torch.Generator) -> Images:
+        seen.append(batch)
+        return batch
+
+    changed = trained(net, data, on_image=look)
+    assert same(trained(net, data), changed)  # padding floats is padding bytes
+    for batch in seen:
+        assert torch.equal((batch.x * 255).round().byte(), data.x[batch.rows])
+        assert torch.equal(batch.y, data.y[batch.rows])
+
+
+def test_on_batch_knows_the_rows_of_its_images(net, data):
+    rows: list[Tensor] = []
+
+    def look(batch: Images, rng: torch.Generator) -> Images:
+        rows.append(batch.rows)
+        return batch
+
+    trained(net, data, replace(PLAIN, epochs=1), on_batch=look)
+    assert len(torch.cat(rows).unique()) == len(torch.cat(rows))
+
+
+def test_what_on_image_stamps_is_mirrored_and_what_on_batch_stamps_is_not(data):
+    white = Images(torch.zeros_like(data.x), data.y)
+
+    def mark(batch: Images, rng: torch.Generator) -> Images:
+        x = batch.x.clone()
+        x[..., 0, 0] = 1
+        return replace(batch, x=x)
+
+    plan = Recipe(crop=0, flip=True)
+    augmented = training._Augmented(white, plan, 0, CPU, mark)
+    batch = next(augmented.epoch(0, len(white), stream(0)))
+    left, right = batch.x[:, 0, 0, 0] == 1, batch.x[:, 0, 0, -1] == 1
+    assert bool((left ^ right).all())
+    assert left.any()
+    assert right.any()
+
+
+def test_a_hook_may_not_change_the_size_of_the_batch(net, data):
+    with pytest.raises(ValueError, match="a batch of 16 images into one of 15"):
+        trained(net, data, on_batch=lambda batch, rng: batch.take(torch.arange(15)))
+
+
+def test_other_optimisers_are_stepped_beside_the_model(net, data):
+    shift = torch.zeros(1, 3, 1, 1, requires_grad=True)
+    beside = torch.optim.SGD([shift], lr=0.1)
+
+    def stamp(batch: Images, rng: torch.Generator) -> Images:
+        return replace(batch, x=batch.x + shift)
+
+    trained(net, data, on_batch=stamp, also=(beside,))
+    assert float(shift.detach().abs().max()) > 0
+    before = shift.detach().clone()
+    trained(net, data, on_image=stamp)  # gradients flow through the augmentation, too
+    assert torch.equal(before, shift.detach())
+
+
+def test_extra_loss_gets_the_features_of_its_own_pass():
+    model = models.build("fastnet_small", 3, (3, 16, 16), stream(0))
+    images = Images(
+        torch.randint(256, (32, 3, 16, 16), generator=stream(1), dtype=torch.uint8),
+        torch.arange(32) % 3,
+    )
+    found: list[dict[str, Any]] = []
+
+    def look(step: Step) -> Tensor:
+        found.append({k: v.shape for k, v in step.features.items()})
+        assert all(v.requires_grad for v in step.features.values())
+        assert 0 <= step.done < 1
+        return step.features["deep"].float().mean() * 0
+
+    plan = Recipe(epochs=1, batch=16, crop=0)
+    fit(model, images, plan, stream(2), extra_loss=look, levels=("shallow", "deep"))
+    assert len(found) == 2
+    assert set(found[0]) == {"shallow", "deep"}
+    assert all(len(m._forward_hooks) == 0 for m in model.modules())

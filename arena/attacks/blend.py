@@ -9,6 +9,7 @@ Departs: the triggered image is rounded to 8 bits, not truncated as public code 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from torch import Generator, Tensor
 
 from arena.core.contracts import Images, Poisoned, Trigger
 from arena.core.pictures import read_picture
-from arena.core.poisoning import check_classes, dirty_label, scope
+from arena.core.poisoning import check_classes, check_rate, dirty_label, scope
 from arena.core.registry import BadInput, method, param
 
 
@@ -66,9 +67,9 @@ class Blend:
     def scope(self) -> str:
         return scope(self)
 
-    def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        """Raise BadInput where images of `shape` (C, H, W) and `classes` cannot be attacked so."""
-        check_classes(self, classes)
+    def check(self, shape: tuple[int, int, int], counts: Sequence[int]) -> None:
+        check_classes(self, counts)
+        check_rate(self, counts)
         if self.image is not None:
             read_picture(self.image, shape[0])
 

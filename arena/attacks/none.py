@@ -6,6 +6,7 @@ Source: this arena. It shows what a defense costs a model that needs none, and w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -26,9 +27,9 @@ class NoAttack:
     labels: ClassVar[str] = "kept"
     trigger_kind: ClassVar[str] = "none"
 
-    def check(self, shape: tuple[int, int, int], classes: int) -> None:
+    def check(self, shape: tuple[int, int, int], counts: Sequence[int]) -> None:
         """Raise BadInput unless the data set can be attacked at all."""
-        check_classes(self, classes)
+        check_classes(self, counts)
 
     def prepare(self, train: Images, rng: Generator) -> None:
         return None

@@ -17,6 +17,7 @@ Departs: the sources disagree on rate and target. ANP poisons 5 %, SDRM keeps th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ from torch import Generator, Tensor
 
 from arena.core.contracts import Images, Poisoned, Trigger
 from arena.core.pictures import read_picture
-from arena.core.poisoning import all_to_all, check_classes, dirty_label, scope
+from arena.core.poisoning import all_to_all, check_classes, check_rate, dirty_label, scope
 from arena.core.registry import BadInput, method, param
 
 _GRID = ((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0))
@@ -122,9 +123,9 @@ class Patch:
     def scope(self) -> str:
         return scope(self)
 
-    def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        """Raise BadInput where images of `shape` (C, H, W) and `classes` cannot be attacked so."""
-        check_classes(self, classes)
+    def check(self, shape: tuple[int, int, int], counts: Sequence[int]) -> None:
+        check_classes(self, counts)
+        check_rate(self, counts, of="train" if self.victim is None else "candidates")
         channels, height, width = shape
         if self.colour not in (None, "random"):
             given = len(_read_colour(str(self.colour)))

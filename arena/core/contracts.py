@@ -9,8 +9,8 @@ batches in [0, 1] on the caller's device; normalisation is the first layer of ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -26,16 +26,22 @@ class Images:
 
     x: Tensor  # (N, C, H, W) uint8 in [0, 255], or float32 in [0, 1] inside a batch
     y: Tensor  # (N,) int64 class ids
+    rows: Tensor | None = None  # (N,) int64, inside a batch of `fit`: rows of the data it got
+    stamped: Tensor | None = None  # (N,) bool, where a hook knows: which images carry the trigger
 
     def __len__(self) -> int:
         return len(self.y)
 
     def take(self, rows: Tensor) -> Images:
         """The images at `rows` (K,) int64, or where a (N,) bool mask holds, in that order."""
-        return Images(self.x[rows], self.y[rows])
+        return self._each(lambda part: part[rows])
 
     def to(self, device: torch.device | str) -> Images:
-        return Images(self.x.to(device, non_blocking=True), self.y.to(device, non_blocking=True))
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Images:
+        extra = [None if part is None else change(part) for part in (self.rows, self.stamped)]
+        return replace(self, x=change(self.x), y=change(self.y), rows=extra[0], stamped=extra[1])
 
 
 class Poisoned(NamedTuple):
@@ -45,15 +51,24 @@ class Poisoned(NamedTuple):
     rows: Tensor  # (K,) int64: the rows of `data` whose image or label the attacker changed
 
 
+class Probe(NamedTuple):
+    """An image map that must *not* fire: the referee measures what the victim answers to it."""
+
+    stamp: ImageMap
+    of: int | None = None  # only test images of this class are shown; None: of all but the target
+
+
 @dataclass(frozen=True)
 class Trigger:
-    """A trigger. Everything random about it was drawn in `prepare`: both maps are pure.
+    """A trigger. Everything random about it was drawn in `prepare`: all maps are pure.
 
-    `stamp` is used at evaluation, `embed` at training where the two differ.
+    `stamp` is used at evaluation, `embed` at training where the two differ; `probes` are near
+    misses (WaNet's noise mode, a composite attack's same-class mixes), by a short name.
     """
 
     stamp: ImageMap
     embed: ImageMap | None = None
+    probes: Mapping[str, Probe] = field(default_factory=dict)
 
     @property
     def training_map(self) -> ImageMap:
@@ -70,14 +85,31 @@ class Verdict(NamedTuple):
 
 
 BatchHook = Callable[[Images, Generator], Images]
-"""(float batch after augmentation, this step's generator) -> the batch to train on."""
+"""(float batch, this step's generator) -> the batch to train on, of the same size."""
 
-LossHook = Callable[[nn.Module, Images, Tensor, Generator], Tensor]
-"""(model, float batch, its logits, this step's generator) -> scalar added to the loss."""
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One update as `extra_loss` sees it, after the forward pass and before the backward one."""
+
+    model: nn.Module  # in training mode
+    batch: Images  # float, as the model saw it
+    logits: Tensor  # (N, classes) float32
+    loss: Tensor  # scalar: the recipe's cross-entropy, to which the hook's result is added
+    features: Mapping[str, Tensor]  # level -> its output in this pass, for the levels asked for
+    rng: Generator  # this step's draws
+    done: float  # share of the updates behind us, in [0, 1)
+
+
+LossHook = Callable[[Step], Tensor]
+"""What is known of this update -> scalar added to its loss."""
 
 
 class Fit(Protocol):
-    """The one trainer, as a function: model, recipe, device and progress are bound by the arena."""
+    """The one trainer, as a function: model, recipe, device and progress are bound by the arena.
+
+    See `arena.core.training.fit` for the hooks; `changes` replace fields of the recipe.
+    """
 
     def __call__(
         self,
@@ -85,8 +117,11 @@ class Fit(Protocol):
         *,
         rng: Generator,
         init: nn.Module | None = None,
+        on_image: BatchHook | None = None,
         on_batch: BatchHook | None = None,
         extra_loss: LossHook | None = None,
+        levels: Sequence[str] = (),
+        also: Sequence[torch.optim.Optimizer] = (),
         carry: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> nn.Module: ...
@@ -94,20 +129,27 @@ class Fit(Protocol):
 
 @runtime_checkable
 class Attack(Protocol):
-    """Poisons training data. Optional attributes:
+    """Poisons training data. `check` raises BadInput, before anything is computed, where images
+    of `shape` (C, H, W) with `counts` training images per class cannot be attacked so.
+
+    Optional attributes:
 
     target: int         the class that the trigger should force
     victim: int | None  the only class that the trigger must work on (label-specific); None: all
     keeps_labels: bool  clean-label: the poisoned images keep their (target) label
     """
 
+    def check(self, shape: tuple[int, int, int], counts: Sequence[int]) -> None: ...
     def prepare(self, train: Images, rng: Generator) -> Trigger | None: ...
     def poison(self, train: Images, trigger: Trigger | None, rng: Generator) -> Poisoned: ...
 
 
 @runtime_checkable
 class ControlsTraining(Protocol):
-    """The stronger threat model: the attacker runs the training. Having `train` declares it."""
+    """The stronger threat model: the attacker runs the training. Having `train` declares it.
+
+    The trigger handed back is the one that counts: some attacks learn theirs with the victim.
+    """
 
     def train(
         self, fit: Fit, poisoned: Poisoned, trigger: Trigger, rng: Generator

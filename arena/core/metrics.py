@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arena.core.metric_list import der, wilson
 
-__all__ = ["accuracy", "asr", "der", "l2", "linf", "psnr", "ra", "ssim", "wilson"]
+__all__ = ["accuracy", "asr", "der", "l2", "linf", "psnr", "ra", "similarity", "ssim", "wilson"]
 
 _BATCH_VALUES = 2**20  # a batch holds about this many pixel values: it bounds the memory
 
@@ -69,23 +69,32 @@ def ssim(clean: Tensor, triggered: Tensor, *, window: int = 11, sigma: float = 1
     K1 = 0.01 and K2 = 0.03, range 1. Source: Wang et al. 2004. Raises ValueError where the window
     is larger than the image.
     """
-    height, width = clean.shape[-2:]
+    shape = clean.shape[1:]
+    values = [
+        similarity(a.view(-1, *shape), b.view(-1, *shape), window=window, sigma=sigma)
+        for a, b in _batches(clean, triggered)
+    ]
+    return float(torch.cat(values).mean())
+
+
+def similarity(a: Tensor, b: Tensor, *, window: int = 11, sigma: float = 1.5) -> Tensor:
+    """`ssim` of each pair of float images in [0, 1], (N,); differentiable, of the images' dtype."""
+    height, width = a.shape[-2:]
     if min(height, width) < window:
         raise ValueError(f"a window of {window} px does not fit into {height}x{width} px images")
-    down, across = (_gaussian(side, window, sigma, clean.device) for side in (height, width))
+    down, across = (
+        _gaussian(side, window, sigma, a.device).to(a.dtype) for side in (height, width)
+    )
 
-    def smooth(flat: Tensor) -> Tensor:
-        return down @ flat.view(-1, height, width) @ across.T
+    def smooth(x: Tensor) -> Tensor:
+        return down @ x @ across.T
 
     c1, c2 = 0.01**2, 0.03**2
-    values = []
-    for a, b in _batches(clean, triggered):
-        mean_a, mean_b = smooth(a), smooth(b)
-        var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
-        cov = smooth(a * b) - mean_a * mean_b
-        light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-        values.append((light * (2 * cov + c2) / (var_a + var_b + c2)).view(len(a), -1).mean(1))
-    return float(torch.cat(values).mean())
+    mean_a, mean_b = smooth(a), smooth(b)
+    var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
+    cov = smooth(a * b) - mean_a * mean_b
+    light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    return (light * (2 * cov + c2) / (var_a + var_b + c2)).flatten(1).mean(1)
 
 
 def _gaussian(side: int, window: int, sigma: float, device: torch.device) -> Tensor:

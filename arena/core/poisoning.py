@@ -6,6 +6,7 @@ here writes to its arguments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -112,21 +113,33 @@ def clean_label(
     return _poison(train, trigger, rows, train.y[rows], extend)
 
 
-def _draw(candidates: Tensor, rate: float, of: str, rng: Generator) -> Tensor:
-    """Ascending rows (K,) int64, on the device of the mask `candidates` (N,)."""
+def how_many(rate: float, candidates: int, total: int, whole: str = "") -> int:
+    """round(rate * total), at least 1 and at most `candidates`. Raises BadInput where it is not.
+
+    rate: share in (0, 1]; candidates: the images that may be poisoned; total: what the rate is a
+    share of; whole: its name for people.
+    """
     if not 0 < rate <= 1:
         raise BadInput(f"the poisoning rate must lie in (0, 1], got {rate:g}.")
-    choice = candidates.cpu().nonzero().flatten()
-    total = len(candidates) if of == "train" else len(choice)
     count = round(rate * total)
-    whole = "training images" if of == "train" else "images that may be poisoned"
     if count == 0:
+        whole = whole or "images that may be poisoned"
         raise BadInput(f"a poisoning rate of {rate:g} of {total:,} {whole} is less than one image.")
-    if count > len(choice):
+    if count > candidates:
         raise BadInput(
-            f"a poisoning rate of {rate:g} asks for {count:,} images, but only {len(choice):,} "
-            f"may be poisoned; the largest possible rate is {len(choice) / total:.4g}."
+            f"a poisoning rate of {rate:g} asks for {count:,} images, but only {candidates:,} "
+            f"may be poisoned; the largest possible rate is {candidates / total:.4g}."
         )
+    return count
+
+
+def _draw(candidates: Tensor, rate: float, of: str, rng: Generator) -> Tensor:
+    """Ascending rows (K,) int64, on the device of the mask `candidates` (N,)."""
+    choice = candidates.cpu().nonzero().flatten()
+    if of == "train":
+        count = how_many(rate, len(choice), len(candidates), "training images")
+    else:
+        count = how_many(rate, len(choice), len(choice))
     picked = torch.randperm(len(choice), generator=rng)[:count]
     return choice[picked].sort().values.to(candidates.device)
 
@@ -170,9 +183,12 @@ def applies(attack: Any, y: Tensor, classes: int) -> Tensor:
     return counts if victim is None else counts & (y == victim)
 
 
-def check_classes(attack: Any, classes: int) -> None:
-    """Raise BadInput unless the attack's target and victim are two classes of the data set."""
-    name = attack.method_name
+def check_classes(attack: Any, counts: Sequence[int]) -> None:
+    """Raise BadInput unless the attack's target and victim are two classes of the data set.
+
+    counts: training images per class; classes that an attack names must have some.
+    """
+    name, classes = attack.method_name, len(counts)
     if classes < 2:
         raise BadInput(f"{name} needs at least two classes, the data set has {classes}.")
     for role in ("target", "victim"):
@@ -184,3 +200,28 @@ def check_classes(attack: Any, classes: int) -> None:
             )
     if scope(attack) == "label-specific" and attack.victim == attack.target:
         raise BadInput(f"{name}: the victim class and the target class are both {attack.target}.")
+
+
+def check_rate(
+    attack: Any, counts: Sequence[int], *, of: Literal["train", "candidates"] = "candidates"
+) -> None:
+    """Raise BadInput unless the attack's `rate` asks for at least one image that there is.
+
+    `of` as for `dirty_label` and `clean_label`, whose images are counted here by the attack's
+    scope and by whether it keeps labels.
+    """
+    if scope(attack) == "all-to-all":
+        candidates = sum(counts)
+    elif getattr(attack, "keeps_labels", False):
+        candidates = counts[attack.target]
+    elif (victim := getattr(attack, "victim", None)) is not None:
+        candidates = counts[victim]
+    else:
+        candidates = sum(counts) - counts[attack.target]
+    try:
+        if of == "train":
+            how_many(attack.rate, candidates, sum(counts), "training images")
+        else:
+            how_many(attack.rate, candidates, candidates)
+    except BadInput as error:
+        raise BadInput(f"{attack.method_name}: {error}") from None

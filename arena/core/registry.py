@@ -58,12 +58,15 @@ def param(
     choices: tuple[Any, ...] | None = None,
     above: float | None = None,
     path: bool = False,
+    folder: bool = False,
+    spec: str = "",
     source: str = "",
 ) -> Any:
     """A hyper-parameter: its default, what it means with its unit, and its range.
 
-    low, high: inclusive bounds; above: exclusive lower bound; path: the value names a file, whose
-    content counts as part of the setting.
+    low, high: inclusive bounds; above: exclusive lower bound; path, folder: the value names a file
+    or a folder, whose content counts as part of the setting; spec: the value is the spec of another
+    method of that kind ("attack"), which counts with all its fields and its code.
     """
     metadata = {
         "doc": doc,
@@ -72,6 +75,8 @@ def param(
         "above": above,
         "choices": choices,
         "path": path,
+        "folder": folder,
+        "spec": spec,
         "source": source,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -90,6 +95,8 @@ class Field:
     above: float | None = None
     choices: tuple[Any, ...] | None = None
     path: bool = False
+    folder: bool = False
+    spec: str = ""
     source: str = ""
 
     @property
@@ -97,8 +104,11 @@ class Field:
         if self.choices:
             return " | ".join(map(show_value, self.choices))
         left = (
-            f"({self.above:g}" if self.above is not None
-            else f"[{self.low:g}" if self.low is not None else "("
+            f"({self.above:g}"
+            if self.above is not None
+            else f"[{self.low:g}"
+            if self.low is not None
+            else "("
         )
         right = f"{self.high:g}]" if self.high is not None else ")"
         return "" if (left, right) == ("(", ")") else f"{left}, {right}"
@@ -191,6 +201,10 @@ def validate(instance: Any) -> None:
                 raise BadInput(f"{where} must be at most {high:g}, got {value:g}.")
         if rule["path"] and value and not Path(value).expanduser().is_file():
             raise BadInput(f"{where}: there is no file {value!r}.")
+        if rule["folder"] and value and not Path(value).expanduser().is_dir():
+            raise BadInput(f"{where}: there is no folder {value!r}.")
+        if rule["spec"] and value:
+            registry_of(rule["spec"]).build(value)
 
 
 def _is(value: Any, hint: Any) -> bool:
@@ -292,11 +306,17 @@ def short_spec(instance: Any) -> str:
 
 
 def _spec(instance: Any, *, everything: bool) -> str:
-    pairs = [
-        f"{field.name}={show_value(getattr(instance, field.name))}"
-        for field in dataclasses.fields(instance)
-        if everything or getattr(instance, field.name) != field.default
-    ]
+    pairs = []
+    for field in dataclasses.fields(instance):
+        value: Any = getattr(instance, field.name)
+        default: Any = field.default
+        if kind := field.metadata.get("spec", ""):
+            value, default = (
+                v and _spec(registry_of(kind).build(v), everything=everything)
+                for v in (value, default)
+            )
+        if everything or value != default:
+            pairs.append(f"{field.name}={show_value(value)}")
     name = str(instance.method_name)
     return f"{name}:{','.join(pairs)}" if pairs else name
 
@@ -382,6 +402,10 @@ class Registry:
 
 attacks = Registry("attack", "arena.attacks", "arena.attacks")
 defenses = Registry("defense", "arena.defenses", "arena.defenses")
+
+
+def registry_of(kind: str) -> Registry:
+    return {"attack": attacks, "defense": defenses}[kind]
 
 
 @cache

@@ -13,16 +13,16 @@ for `fast`; He et al. 2016 (arXiv 1512.03385) for `paper`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from arena.core.contracts import BatchHook, Images, LossHook
+from arena.core.contracts import BatchHook, Images, LossHook, Step
 from arena.core.progress import report
 from arena.core.registry import BadInput, nearest
 from arena.core.seeding import draw_seed, stream
@@ -237,8 +237,11 @@ def fit(
     plan: Recipe,
     rng: Generator,
     *,
+    on_image: BatchHook | None = None,
     on_batch: BatchHook | None = None,
     extra_loss: LossHook | None = None,
+    levels: Sequence[str] = (),
+    also: Sequence[torch.optim.Optimizer] = (),
     carry: Mapping[str, Any] | None = None,
     checkpoint: Checkpoint | None = None,
     what: str = "training",
@@ -246,8 +249,13 @@ def fit(
     """Train `model` in place on its device and return it in evaluation mode.
 
     data: uint8 images (N, C, H, W); moved to the device whole when they fit there.
-    on_batch: changes each float batch after augmentation; draws from the generator it is handed.
-    extra_loss: adds a scalar to the cross-entropy.
+    on_image: changes each float batch before augmentation, so that what it stamps is shifted and
+        mirrored as stored images are. Both hooks see the images' rows in `data`, keep the batch's
+        size, and draw only from the generator that they are handed.
+    on_batch: changes each float batch after augmentation.
+    extra_loss: adds a scalar to the cross-entropy; it sees the outputs of `levels` (feature
+        levels of a Classifier) in the very pass that made the logits.
+    also: optimisers of the caller, zeroed before and stepped after every backward pass.
     carry: objects of the caller with `state_dict`/`load_state_dict` (a generator network, its
         optimiser) that change during training and must survive a resumption.
     checkpoint: the state after each epoch is kept there, and read from there at the start.
@@ -279,22 +287,29 @@ def fit(
             kept["momentum_buffer"] = torch.empty_like(weights).copy_(kept["momentum_buffer"])
     if first == epochs:
         return model.eval()
-    images = _Augmented(data, plan, seed, device)
+    images = _Augmented(data, plan, seed, device, on_image)
+    seen: dict[str, Tensor] = {}
     model.train()
     for epoch in range(first, epochs):
         draws = stream(seed, "steps", epoch)
         running = torch.zeros((), device=device)
-        for step, (x, y) in enumerate(images.epoch(epoch, batch), start=epoch * steps):
+        for step, shown in enumerate(images.epoch(epoch, batch, draws), start=epoch * steps):
             _set_rate(optimizer, _rate(plan, step, epochs * steps))
-            shown = Images(x, y) if on_batch is None else on_batch(Images(x, y), draws)
-            with autocast(device):
+            if on_batch is not None:
+                shown = _same_size(on_batch(shown, draws), len(shown))
+            with autocast(device), _watched(model, levels, seen):
                 out = model(shown.x)
-            loss = F.cross_entropy(out.float(), shown.y, label_smoothing=plan.label_smoothing)
+            out = out.float()
+            loss = F.cross_entropy(out, shown.y, label_smoothing=plan.label_smoothing)
             if extra_loss is not None:
-                loss = loss + extra_loss(model, shown, out, draws)
-            optimizer.zero_grad(set_to_none=True)
+                done = step / (epochs * steps)
+                seen_now = Step(model, shown, out, loss, dict(seen), draws, done)
+                loss = loss + extra_loss(seen_now)
+            for every in (optimizer, *also):
+                every.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
+            for every in (optimizer, *also):
+                every.step()
             running += loss.detach()
             if slow is not None:
                 slow.after(step)
@@ -309,6 +324,26 @@ def fit(
             state = {name: part.state_dict() for name, part in parts.items()}
             checkpoint.save({**state, "epoch": epoch + 1})
     return model.eval()
+
+
+@contextmanager
+def _watched(model: nn.Module, levels: Sequence[str], seen: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, forward passes leave the outputs of the model's feature levels in `seen`."""
+    with ExitStack() as hooks:
+        for level in levels:
+
+            def keep(_: nn.Module, __: object, out: Tensor, level: str = level) -> None:
+                seen[level] = out
+
+            module = model.get_submodule(cast("Classifier", model).levels[level])
+            hooks.callback(module.register_forward_hook(keep).remove)
+        yield
+
+
+def _same_size(batch: Images, size: int) -> Images:
+    if len(batch) != size or len(batch.x) != size:
+        raise ValueError(f"a hook turned a batch of {size} images into one of {len(batch.x)}")
+    return batch
 
 
 def _optimizer(model: nn.Module, plan: Recipe, device: torch.device) -> torch.optim.Optimizer:
@@ -359,7 +394,15 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 class _Augmented:
     """The training set on the device, padded once; yields augmented float batches."""
 
-    def __init__(self, data: Images, plan: Recipe, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        data: Images,
+        plan: Recipe,
+        seed: int,
+        device: torch.device,
+        on_image: BatchHook | None = None,
+    ) -> None:
+        self.on_image = on_image
         pad = min(plan.crop, data.x.shape[-1] - 1, data.x.shape[-2] - 1)
         self.plan, self.seed, self.device = plan, seed, device
         self.side, self.shifts = data.x.shape[-2:], 2 * pad + 1
@@ -376,11 +419,12 @@ class _Augmented:
             return x
         if self.plan.border == "zero":
             return F.pad(x, (self.pad,) * 4)
-        # `reflect` is not implemented for uint8: pad by gathering mirrored rows and columns
+        # `reflect` is not implemented for uint8: pad by gathering mirrored rows and columns; this
+        # also passes gradients on, where a hook's images have them
         rows, columns = (_mirrored(size, self.pad, x.device) for size in self.side)
         return x.index_select(2, rows).index_select(3, columns)
 
-    def epoch(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, batch: int, hook_draws: Generator) -> Iterator[Images]:
         draws = stream(self.seed, "epoch", epoch)
         n = len(self.y)
         order = torch.randperm(n, generator=draws)
@@ -390,18 +434,32 @@ class _Augmented:
         flips = (self.start ^ bool(epoch % 2)) if self.plan.flip else None
         for begin in range(0, n - batch + 1, batch):
             rows = device_order[begin : begin + batch]
-            if self.resident:
+            found = Images(self.x, self.y[rows], rows)
+            if self.on_image is not None:
+                x = to_float(self._plain(order[begin : begin + batch], rows))
+                found = _same_size(self.on_image(replace(found, x=x), hook_draws), batch)
+                here = torch.arange(batch, device=self.device)
+                x = self._cropped(self._padded(found.x), here, shift[:, rows])
+            elif self.resident:
                 x = self._cropped(self.x, rows, shift[:, rows])
             else:
                 part = self.x[order[begin : begin + batch]].to(self.device, non_blocking=True)
                 here = torch.arange(len(part), device=self.device)
                 x = self._cropped(self._padded(part), here, shift[:, rows])
-            x = to_float(x)
+            x = to_float(x) if x.dtype == torch.uint8 else x
             if flips is not None:
                 x = torch.where(flips[rows, None, None, None], x.flip(-1), x)
             if self.plan.cutout:
                 x = _cut_out(x, self.plan.cutout, hole[:, rows])
-            yield x.contiguous(memory_format=torch.channels_last), self.y[rows]
+            yield replace(found, x=x.contiguous(memory_format=torch.channels_last))
+
+    def _plain(self, order: Tensor, rows: Tensor) -> Tensor:
+        """The stored images (uint8) at `rows`, without their borders; `order` is `rows` here."""
+        if not self.resident:
+            return self.x[order].to(self.device, non_blocking=True)
+        height, width = self.side
+        pad = self.pad
+        return self.x[rows][:, :, pad : pad + height, pad : pad + width]
 
     def _cropped(self, padded: Tensor, rows: Tensor, shift: Tensor) -> Tensor:
         if not self.pad:

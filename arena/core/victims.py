@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,11 @@ def bound(
         *,
         rng: Generator,
         init: nn.Module | None = None,
+        on_image: BatchHook | None = None,
         on_batch: BatchHook | None = None,
         extra_loss: LossHook | None = None,
+        levels: Sequence[str] = (),
+        also: Sequence[torch.optim.Optimizer] = (),
         carry: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> nn.Module:
@@ -51,8 +54,11 @@ def bound(
             data,
             training.changed(plan, changes),
             rng,
+            on_image=on_image,
             on_batch=on_batch,
             extra_loss=extra_loss,
+            levels=levels,
+            also=also,
             carry=carry,
             checkpoint=checkpoint,
         )

@@ -44,6 +44,11 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Training images of each class."""
+        return tuple(self.train.y.bincount(minlength=self.num_classes).tolist())
+
 
 def load(
     spec: str, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None

@@ -74,7 +74,8 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
     train = read_split(job["train"])
     started = time.monotonic()
     try:
-        method.check(tuple(job["shape"]), job["classes"])
+        counts = train.y.bincount(minlength=job["classes"]).tolist()
+        method.check(tuple(job["shape"]), counts)
     except BadInput as error:
         raise Refused(str(error)) from error
     trigger = method.prepare(train, stream(seed, "prepare"))
