@@ -63,7 +63,7 @@ def train(
     plan = training.recipe(recipe, models.info(model).overrides.get(recipe))
     fit = bound(model, data.num_classes, data.shape, plan, seed, where)
     if isinstance(method, ControlsTraining):
-        made, trigger = method.train(fit, poisoned, trigger, stream(seed, "train"))
+        made, trigger = method.train(fit, poisoned, trigger, stream(seed, "fit"))
     else:
         made = fit(poisoned.data, rng=stream(seed, "fit"))
     assert isinstance(made, Classifier)

@@ -163,7 +163,7 @@ QUICKSTART = Board(
     model=("fastnet_small",),
     attack=("patch", "blend"),
     # The rate decides what fine-tuning does to a backdoor, so it stands there twice.
-    defense=("finetune", "finetune:lr=0.01", "fine_pruning"),
+    defense=("finetune", "finetune:lr=0.1", "fine_pruning"),
     seed=(0,),
     recipe="smoke",  # a few minutes on two cores without bf16, too
 )

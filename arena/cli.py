@@ -10,14 +10,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arena.core.registry import BadInput, nearest
+from arena.core.registry import BadInput, nearest, split_spec
 
 if TYPE_CHECKING:
     from arena.boards import Board
@@ -206,7 +207,7 @@ def _run(
             raise
         except ValueError as error:  # a network that is unknown, or too deep for the images
             raise BadInput(str(error)) from error
-    command = "arena " + " ".join(_quoted(word) for word in sys.argv[1:])
+    command = _told(sys.argv[1:])
     runner = Runner(plan, store, where, workers, command=command)
     if dry_run:
         _print_plan(runner, as_json)
@@ -215,10 +216,16 @@ def _run(
     return _close(plan, store, summary, as_json)
 
 
-def _quoted(word: str) -> str:
+def _told(words: list[str]) -> str:
+    """The command as a table names it: without what only says where things lie on this machine."""
     import shlex
 
-    return shlex.quote(word)
+    here, told, skip = ("--store", "--data-dir", "--workers"), [], False
+    for word in words:
+        if not skip and word.partition("=")[0] not in here:
+            told.append(shlex.quote(word))
+        skip = word in here and not skip
+    return "arena " + " ".join(told)
 
 
 def _device(name: str) -> str:
@@ -241,14 +248,18 @@ def _device(name: str) -> str:
 
 @contextmanager
 def _status(what: str, quiet: bool) -> Iterator[None]:
-    """A progress bar for work that reports through arena.core.progress, such as decoding."""
-    if quiet or not sys.stderr.isatty():
+    """A progress bar, or plain lines, for work that reports through arena.core.progress."""
+    from arena.core import progress
+
+    if quiet:
         yield
+        return
+    if not sys.stderr.isatty():
+        with progress.listening(_line_now_and_then()):
+            yield
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from arena.core import progress
 
     bar = Progress(
         TextColumn("{task.description}"),
@@ -265,6 +276,27 @@ def _status(what: str, quiet: bool) -> Iterator[None]:
 
         with progress.listening(show):
             yield
+
+
+def _line_now_and_then(every: float = 30.0) -> Callable[[str, float, float, object], None]:
+    """A line on standard error for long work, with its share and the time left."""
+    from arena.watch import duration
+
+    begun: dict[str, float] = {}
+    told = time.monotonic()
+
+    def show(what: str, done: float, total: float, figures: object) -> None:
+        nonlocal told
+        now = time.monotonic()
+        since = now - begun.setdefault(what, now)
+        if now - told < every or not done or not total:
+            return
+        told = now
+        left = since / done * (total - done)
+        text = f"{what}: {done / total:.0%}, about {duration(left)} left"
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _watched(runner: Runner, quiet: bool) -> Summary:
@@ -478,6 +510,42 @@ def show(
         path = picture or opened.root / "pictures" / f"{record['key'][:12]}.png"
         write_atomically(path, image)
         print(f"\npictures (clean, triggered, difference): {path}")
+
+
+@app.command()
+def preview(
+    attack: Annotated[str, typer.Argument(help="NAME or NAME:field=value,…")],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="A data set.")] = "signs",
+    seed: Annotated[int, typer.Option("--seed", "-s", help="A seed.")] = 0,
+    data_dir: DataDirOption = None,
+    store: StoreOption = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write (PNG).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What an attack's trigger does to 8 images, without training a victim."""
+    from arena.core.registry import attacks
+
+    attacks.describe(split_spec(attack)[0])  # unknown names before torch is loaded
+    from arena import data as datasets
+    from arena.core import parts
+    from arena.gallery import preview as draw
+    from arena.referee.keeping import StoreKeeper
+    from arena.store import Store, write_atomically
+
+    method = attacks.build(attack)
+    folder = store or Path("runs") / "adhoc"
+    with _status("loading the data", quiet=as_json):
+        loaded = datasets.load(dataset, data_dir=data_dir)
+        method.check(loaded.shape, loaded.counts)
+        with parts.kept(StoreKeeper(Store(folder))):
+            picture, apart = draw(method, loaded, seed)
+    path = out or folder / "pictures" / f"preview-{method.method_name}.png"
+    write_atomically(path, picture)
+    if as_json:
+        print(json.dumps({"picture": str(path), "stealth": apart}, indent=1))
+        return
+    figures = ", ".join(f"{k} {v:.4g}" for k, v in apart.items() if v is not None)
+    print(f"{figures} (500 test images)\npictures (clean, triggered, difference): {path}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Pictures of triggers from the store: clean, triggered, and the difference between them."""
+"""Pictures of triggers: clean, triggered, and the difference between them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from arena.core.registry import BadInput
 from arena.store import Store
 
 if TYPE_CHECKING:
+    from PIL import ImageDraw
     from torch import Tensor
-
-SCALE = 4  # enlargement of strips for the eye; pixels stay sharp
 
 
 def difference(clean: Tensor, triggered: Tensor) -> tuple[Tensor, float]:
@@ -53,17 +53,118 @@ def pictures(store: Store, records: Sequence[Mapping[str, Any]]) -> dict[str, di
 
 
 def strip(store: Store, record: Mapping[str, Any]) -> bytes | None:
-    """One PNG of a victim's pictures: rows clean, triggered, difference. None without a trigger."""
-    import torch
-
+    """The figure of a victim, with its answers. None for a victim without a trigger."""
     artifact = store.artifact(record["parents"]["victim"])
     if artifact is None or not artifact.path("gallery").exists():
         return None
-    shown = artifact.tensors("gallery")
-    apart, _ = difference(shown["clean"], shown["triggered"])
-    rows = [torch.cat(list(part), dim=-1) for part in (shown["clean"], shown["triggered"], apart)]
-    sheet = torch.cat(rows, dim=-2)
-    return png(sheet.repeat_interleave(SCALE, -1).repeat_interleave(SCALE, -2))
+    shown, answers = artifact.tensors("gallery"), artifact.tensors("predictions")
+    names, rows = record["dataset"]["classes"], shown["rows"]
+    return figure(
+        shown["clean"],
+        shown["triggered"],
+        titles=[names[int(label)] for label in shown["y"]],
+        answers=[
+            (names[int(clean)], names[int(fooled)])
+            for clean, fooled in zip(
+                answers["clean"][rows], answers["triggered"][rows], strict=True
+            )
+        ],
+        heading=f"{record['attack']['short']} on {record['dataset']['name'].partition(':')[0]}, "
+        f"{record['model']}, seed {record['seed']}; below: the victim's answers",
+    )
+
+
+def figure(
+    clean: Tensor,
+    triggered: Tensor,
+    *,
+    titles: Sequence[str],
+    heading: str,
+    answers: Sequence[tuple[str, str]] | None = None,
+    tile: int = 128,
+) -> bytes:
+    """A PNG with rows clean, triggered, amplified difference, one column per image.
+
+    clean, triggered: (N, C, H, W) uint8. titles: true classes; answers: what a model says of the
+    clean and of the triggered image. tile: side in px that images are enlarged to, pixels sharp.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    apart, factor = difference(clean, triggered)
+    scale = max(1, round(tile / clean.shape[-1]))
+    wide, tall = clean.shape[-1] * scale, clean.shape[-2] * scale
+    font, gap, left = ImageFont.load_default(13), 6, 118
+    line = 20
+    below = line if answers else 0
+    rows = (
+        ("clean", clean, 0 if answers else None),
+        ("triggered", triggered, 1 if answers else None),
+        (f"difference\nx {factor:.3g}", apart, None),
+    )
+    width = left + len(clean) * (wide + gap)
+    height = 2 * line + gap + sum(tall + gap + (below if k is not None else 0) for _, _, k in rows)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 3), _fitting(draw, heading, font, width - 2 * gap), "black", font)
+    for column, title in enumerate(titles):
+        at = left + column * (wide + gap)
+        draw.text((at, line + 3), _fitting(draw, title, font, wide), "black", font)
+    top = 2 * line + gap
+    for name, images, which in rows:
+        draw.text((gap, top + tall // 2 - line), name, "black", font)
+        for column, image in enumerate(images):
+            at = left + column * (wide + gap)
+            tiled = Image.open(io.BytesIO(png(image))).convert("RGB")
+            sheet.paste(tiled.resize((wide, tall), Image.Resampling.NEAREST), (at, top))
+            if answers and which is not None:
+                said = answers[column][which]
+                colour = "black" if said == titles[column] else "#b00020"
+                draw.text((at, top + tall), _fitting(draw, said, font, wide), colour, font)
+        top += tall + gap + (below if which is not None else 0)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str, font: Any, width: float) -> str:
+    """The text, cut with an ellipsis where it is wider than `width` px."""
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font) > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def preview(
+    attack: Any, dataset: Any, seed: int, images: int = 8
+) -> tuple[bytes, dict[str, float | None]]:
+    """An attack's figure on test images of a data set, without a victim, and how far it goes.
+
+    The trigger is the one that the victim of `seed` gets; where it is learned with the victim,
+    it is the one that training starts from. Raises BadInput as `attack.check` does.
+    """
+    from arena.core import poisoning
+    from arena.core.registry import short_spec
+    from arena.core.seeding import stream
+    from arena.referee.worker import shown_rows, stealth
+
+    attack.check(dataset.shape, dataset.counts)
+    trigger = attack.prepare(dataset.train, stream(seed, "prepare"))
+    if trigger is None:
+        raise BadInput(f"{attack.method_name} has no trigger to show.")
+    test = dataset.test
+    counted = poisoning.applies(attack, test.y, dataset.num_classes)
+    rows = shown_rows(test.y, counted, images)
+    many = counted.nonzero().flatten()[:500]
+    stamped = poisoning.stamp(test.x[many], trigger.stamp)
+    chosen = test.take(rows)
+    picture = figure(
+        chosen.x,
+        poisoning.stamp(chosen.x, trigger.stamp),
+        titles=[dataset.classes[int(label)] for label in chosen.y],
+        heading=f"{short_spec(attack)} on {dataset.name.partition(':')[0]}, seed {seed}",
+    )
+    return picture, stealth(test.x[many], stamped)
 
 
 def png(image: Tensor) -> bytes:

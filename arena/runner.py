@@ -44,7 +44,7 @@ from arena.store import Artifact, DiskFull, Store, digest, file_sha256, load_ten
 log = logging.getLogger("arena")
 
 FINAL = ("ok", "not_established", "collapsed", "not_applicable")  # others are tried again
-PROTOCOL = 1  # of training and scoring inside arena.referee.worker; raised when results change
+PROTOCOL = 2  # of training and scoring inside arena.referee.worker; raised when results change
 
 
 # -------------------------------------------------------------------------------------- the plan
@@ -253,6 +253,8 @@ def estimate(task: Victim | Cell, board: Board, device: str, past: Mapping[str, 
         steps = max(1, n // setting.plan.batch)
         epochs = max(setting.plan.epochs, -(-setting.plan.min_steps // steps))
         train = 3 * epochs * n * setting.flops / rate
+        if hasattr(victim.attack, "train"):  # it has more to do in every step
+            train *= 2
         train = past.get(_habit(victim), train)
         bytes_ = setting.weights_bytes + test * image + 0.1 * n * image
         return Estimate(train + scoring, bytes_)
@@ -265,7 +267,9 @@ def estimate(task: Victim | Cell, board: Board, device: str, past: Mapping[str, 
 def _habit(task: Victim | Cell) -> str:
     victim = task.victim if isinstance(task, Cell) else task
     where = f"{victim.setting.dataset.fingerprint}/{victim.setting.model}/{victim.setting.recipe}"
-    return f"{where}/{spec_of(task.defense) if isinstance(task, Cell) else 'victim'}"
+    if isinstance(task, Cell):
+        return f"{where}/{spec_of(task.defense)}"
+    return f"{where}/{task.attack.method_name if hasattr(task.attack, 'train') else 'victim'}"
 
 
 def past_seconds(store: Store) -> dict[str, float]:
@@ -274,7 +278,10 @@ def past_seconds(store: Store) -> dict[str, float]:
     for record in store.records():
         with suppress(KeyError, TypeError):
             where = f"{record['dataset']['fingerprint']}/{record['model']}/{record['recipe']}"
-            found[f"{where}/victim"] = float(record["victim_budget"]["seconds"])
+            attack = record["attack"]
+            controls = attack["threat"] == "controls training"
+            trained = f"{where}/{attack['name'] if controls else 'victim'}"
+            found[trained] = float(record["victim_budget"]["seconds"])
             found[f"{where}/{record['defense']['spec']}"] = float(record["budget"]["seconds"])
     return found
 
@@ -468,6 +475,7 @@ class Runner:
             "recipe": setting.recipe,
             "train": dict(setting.dataset.files["train"]),
             "scratch": str(scratch),
+            "store": str(self.store.root),
         }
         started = _now()
         test_files = dict(setting.dataset.files["test"])
@@ -483,13 +491,14 @@ class Runner:
                 "weights": str(folder / "weights.safetensors"),
                 "test": test_files,
                 "triggered": str(folder / "triggered.safetensors") if result["stamped"] else None,
+                "probes": str(folder / "probes.safetensors"),
                 "attack": spec,
                 "twin": self._twin_weights(victim) if result["stamped"] else None,
             },
             victim.name,
         )
         parts = ["weights", "poisoned", "predictions"]
-        parts += ["triggered", "gallery"] if result["stamped"] else []
+        parts += ["triggered", "gallery", "trigger", "probes"] if result["stamped"] else []
         artifact = self.store.save(
             victim.key,
             {part: load_tensors(folder / f"{part}.safetensors") for part in parts},
@@ -609,6 +618,7 @@ class Runner:
             "weights": {"before": artifact.sha256("weights"), "after": kept.sha256("weights")},
             "clean_rows": digest(chosen.tolist()),
             "poisoned_rows": artifact.meta["result"]["poisoned_rows"],
+            "parts": artifact.meta["result"]["parts"],
             "victim_made": {k: artifact.meta[k] for k in ("hardware", "versions", "commit")},
         }
 
@@ -657,6 +667,7 @@ class Runner:
                 if n and (value := metrics[name]) is not None
             },
             "flags": [dataclasses.asdict(flag) for flag in raised],
+            "probes": before.get("probes", {}),
         }
 
     def _blank(self, cell: Cell, device: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 
 from arena import cli, doctor, listing
 from arena.core.registry import BadInput, attacks, defenses
@@ -113,6 +114,10 @@ BAD = {
     "local only": (("run", "-d", "lisa"), "lisa", "--data-dir"),
     "too small": (("run", "-d", "signs:size=100", "-m", "timm:inception_v3"), "inception_v3", "32"),
     "target": (("run", *TINY, "-a", "patch:target=7"), "target", "7"),
+    "poisoned share": (("run", *TINY, "-a", "patch:rate=0.001"), "rate", "less than one image"),
+    "preview": (("preview", "pach"), "'pach'", "'patch'"),
+    "preview target": (("preview", "patch:target=77"), "target", "77"),
+    "preview of nothing": (("preview", "none", "-d", "signs:size=100,classes=5"), "no trigger"),
 }
 
 
@@ -466,3 +471,42 @@ def test_leaderboard_build(store: Path, tmp_path: Path) -> None:
         assert os.path.getsize(path)
     wrong = arena("leaderboard", "build", "adhc", "--store", store)
     assert_refused(wrong, "'adhc'", "'adhoc'")
+
+
+# ------------------------------------------------------------------------------------- previews
+
+
+def test_preview_writes_a_picture_and_trains_nothing(empty: Path) -> None:
+    answer = arena("preview", "patch:size=6", "-d", "signs:size=100,classes=5", "-o", "p.png")
+    assert answer.code == 0, answer
+    assert "psnr" in answer.out
+    assert "p.png" in answer.out
+    with Image.open(empty / "p.png") as picture:
+        assert picture.width > 8 * 128
+    assert not list(empty.rglob("weights.safetensors"))
+    told = arena("preview", "patch", "-d", "signs:size=100,classes=5", "--json", "-o", "q.png")
+    assert json.loads(told.out)["stealth"]["linf"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "b.toml", "--data-dir", "/home/me/data", "--store", "s"], "run b.toml"),
+        (["run", "--store=s", "--workers", "2", "-a", "patch:rate=0.2"], "run -a patch:rate=0.2"),
+        (["run", "-d", "imagefolder:my pictures"], "run -d 'imagefolder:my pictures'"),
+        (["run", "--store", "--data-dir", "-s", "1"], "run -s 1"),
+    ],
+)
+def test_tables_name_the_command_without_the_places_of_this_machine(words, told) -> None:
+    assert cli._told(words) == f"arena {told}"
+
+
+def test_long_work_tells_its_share_and_the_time_left(capsys, monkeypatch) -> None:
+    now = iter([0.0, 10.0, 40.0, 41.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    show = cli._line_now_and_then(every=30)
+    for done in (1, 4, 5):
+        show("the gan", done, 10, {})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith("the gan: 40%, about 45 s left")

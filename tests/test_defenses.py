@@ -249,13 +249,13 @@ def test_finetune_follows_the_paper(planted, clean, rng, monkeypatch):
     defenses.build("finetune").repair(planted, clean, rng)
     (plan,) = plans
     assert plan.drop_at == (0.2, 0.4, 0.6, 0.8)
-    assert (plan.lr, plan.epochs, plan.batch, plan.momentum) == (0.1, 10, 64, 0.9)
+    assert (plan.lr, plan.epochs, plan.batch, plan.momentum) == (0.01, 10, 64, 0.9)
     assert (plan.weight_decay, plan.crop, plan.cutout, plan.border) == (1e-4, 4, 9, "zero")
     assert (plan.flip, plan.schedule, plan.label_smoothing) == (True, "steps", 0)
 
 
 def test_finetune_keeps_the_accuracy(planted, clean, rng):
-    repaired = defenses.build("finetune:lr=0.01,crop=1,cutout=0").repair(planted, clean, rng)
+    repaired = defenses.build("finetune:crop=1,cutout=0").repair(planted, clean, rng)
     assert accuracy(repaired, clean) > 0.95
     assert not same(copied(repaired), copied(planted))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -303,3 +304,71 @@ def test_the_code_hash_follows_the_arena_modules_that_are_imported(tmp_path, mon
         )
         hashes.append(hash_of(tmp_path, monkeypatch, body))
     assert hashes[0] != hashes[1]
+
+
+# ----------------------------------------------------------- fields that name methods and folders
+
+WRAPPER = '''"""Wraps another attack.
+
+Source: a test.
+"""
+
+from arena.core.registry import method, param
+
+
+@method
+class Wrapper:
+    base: str = param("patch", "what is wrapped", spec="attack")
+    images: str | None = param(None, "pictures", folder=True)
+
+    def poison(self, train, trigger, rng):
+        return None
+'''
+
+
+@pytest.fixture
+def wrapping(tmp_path, monkeypatch):
+    (tmp_path / "wrapper.py").write_text(WRAPPER)
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("wrapper", "wrapper", "arena.attacks")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    known = Registry("attack", "arena.attacks", "arena.attacks")
+    monkeypatch.setattr(registry, "attacks", known)
+    yield known
+    sys.modules.pop("wrapper", None)
+
+
+def test_a_wrapped_method_is_spelt_out_in_the_full_spec(wrapping):
+    one = wrapping.build("wrapper:base=(patch:size=6,rate=0.2)")
+    assert short_spec(one) == "wrapper:base=(patch:rate=0.2,size=6)"
+    assert "base=(patch:target=0,rate=0.2," in spec_of(one)
+    assert spec_of(wrapping.build(spec_of(one))) == spec_of(one)
+    assert spec_of(one) == spec_of(wrapping.build("wrapper:base=(patch:rate=0.2,size=6)"))
+    assert short_spec(wrapping.build("wrapper:base=patch")) == "wrapper"
+
+
+def test_a_wrapped_method_is_checked_like_any_other(wrapping):
+    with pytest.raises(BadInput, match="There is no attack 'pach'; did you mean 'patch'"):
+        wrapping.build("wrapper:base=pach")
+    with pytest.raises(BadInput, match="patch: rate must be at most 1"):
+        wrapping.build("wrapper:base=(patch:rate=3)")
+
+
+def test_a_folder_must_be_there(wrapping, tmp_path):
+    with pytest.raises(BadInput, match="wrapper: images: there is no folder"):
+        wrapping.build("wrapper:images=gone")
+    assert wrapping.build(f"wrapper:images={tmp_path}").images == str(tmp_path)
+
+
+def test_what_a_field_names_is_part_of_the_identity(wrapping, tmp_path):
+    from arena.runner import method_identity
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "one.png").write_bytes(b"1")
+    build = partial(wrapping.build, f"wrapper:images={folder}")
+    before = method_identity(build())
+    assert before["wrapped"]["base"]["spec"].startswith("patch:target=0")
+    assert before["wrapped"]["base"]["code"] == code_hash("arena.attacks.patch")
+    (folder / "one.png").write_bytes(b"2")
+    assert method_identity(build()) != before

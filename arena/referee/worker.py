@@ -9,7 +9,6 @@ peeking by design or by accident; it is no sandbox: a hostile method could still
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,16 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arena.core import metrics, models, poisoning, training
-from arena.core.contracts import ControlsTraining, Images
+from arena.core import metrics, models, parts, poisoning, training
+from arena.core.contracts import ControlsTraining, Images, Trigger
 from arena.core.registry import BadInput, attacks, defenses
 from arena.core.seeding import stream
+from arena.core.triggers import tensors_of
 from arena.core.victims import bound
 from arena.referee.isolate import Line, Refused
-from arena.store import load_tensors, save_tensors
+from arena.referee.keeping import FileCheckpoint, StoreKeeper
+from arena.store import Store, load_tensors, save_tensors
 
 Job = Mapping[str, Any]
-SAVE_EVERY = 5.0  # seconds between two checkpoints: shorter epochs are cheaper to repeat
+PROBED = 1000  # test images per probe
 
 
 def read_split(files: Mapping[str, str]) -> Images:
@@ -40,30 +41,6 @@ def read_split(files: Mapping[str, str]) -> Images:
 
 def _checkpoint(folder: Path, call: int) -> FileCheckpoint:
     return FileCheckpoint(folder / f"training-{call}.pt")
-
-
-class FileCheckpoint:
-    """A training's state in one file, replaced whole."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.saved = path, time.monotonic()
-
-    def load(self) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
-        try:
-            return dict(torch.load(self.path, map_location="cpu", weights_only=True))
-        except Exception as error:  # damaged in whatever way: train from the start
-            print(f"{self.path.name} cannot be read ({error}); training starts again.", flush=True)
-            return None
-
-    def save(self, state: dict[str, Any]) -> None:
-        if time.monotonic() - self.saved < SAVE_EVERY:
-            return
-        temporary = self.path.with_suffix(".new")
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
-        self.saved = time.monotonic()
 
 
 def attack(job: Job, line: Line) -> dict[str, Any]:
@@ -78,16 +55,18 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
         method.check(tuple(job["shape"]), counts)
     except BadInput as error:
         raise Refused(str(error)) from error
-    trigger = method.prepare(train, stream(seed, "prepare"))
-    poisoned = method.poison(train, trigger, stream(seed, "poison"))
     shape, classes = tuple(job["shape"]), int(job["classes"])
     plan = training.recipe(job["recipe"], models.info(job["model"]).overrides.get(job["recipe"]))
     checkpoints = partial(_checkpoint, Path(job["scratch"]))
     fit = bound(job["model"], classes, shape, plan, seed, device, checkpoints)
-    if isinstance(method, ControlsTraining):
-        model, trigger = method.train(fit, poisoned, trigger, stream(seed, "train"))
-    else:
-        model = fit(poisoned.data, rng=stream(seed, "fit"))
+    keeper = StoreKeeper(Store(job["store"]))
+    with parts.kept(keeper):
+        trigger = method.prepare(train, stream(seed, "prepare"))
+        poisoned = method.poison(train, trigger, stream(seed, "poison"))
+        if isinstance(method, ControlsTraining):
+            model, trigger = method.train(fit, poisoned, trigger, stream(seed, "fit"))
+        else:
+            model = fit(poisoned.data, rng=stream(seed, "fit"))
     rows = poisoned.rows
     save_tensors(folder / "weights.safetensors", model.state_dict())
     save_tensors(
@@ -96,16 +75,35 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
     )
     budget = _budget(device, started)
     if trigger is not None:
-        x = read_split(line.ask("the images to stamp")).x
-        stamped = poisoning.stamp(x.to(device), trigger.stamp)
+        test = read_split(line.ask("the images to stamp"))
+        stamped = poisoning.stamp(test.x.to(device), trigger.stamp)
         save_tensors(folder / "triggered.safetensors", {"x": stamped})
+        save_tensors(folder / "trigger.safetensors", tensors_of(trigger))
+        probes = _probed(method, trigger, test, classes, device)
+        save_tensors(folder / "probes.safetensors", probes)
     return {
         "budget": budget,
+        "parts": keeper.used,
         "poisoned_rows": len(rows),
         "training_images": len(poisoned.data),
         "stamped": trigger is not None,
         "resumed": resumed,
     }
+
+
+def _probed(
+    method: Any, trigger: Trigger, test: Images, classes: int, device: torch.device
+) -> dict[str, Tensor]:
+    """`NAME.x` and `NAME.rows`: test images under each of the trigger's near misses."""
+    found = {}
+    for name, probe in trigger.probes.items():
+        shown = poisoning.wanted(method, test.y, classes) != test.y
+        if probe.of is not None:
+            shown = test.y == probe.of
+        rows = shown.nonzero().flatten()[:PROBED]
+        found[f"{name}.rows"] = rows
+        found[f"{name}.x"] = poisoning.stamp(test.x[rows].to(device), probe.stamp)
+    return found
 
 
 def repair(job: Job, line: Line) -> dict[str, Any]:
@@ -161,6 +159,7 @@ def measure(job: Job, line: Line) -> dict[str, Any]:
                 "clean_twin_asr": metrics.asr(seen, wanted, counted),
                 "clean_twin_ra": metrics.ra(seen, test.y, counted),
             }
+            out["probes"] = _probe_answers(job, model, test.y, wanted)
             out["stealth"] = stealth(test.x[counted], triggered[counted])
             rows = shown_rows(test.y, counted)
             shown = {"clean": test.x[rows], "triggered": triggered[rows]}
@@ -170,6 +169,23 @@ def measure(job: Job, line: Line) -> dict[str, Any]:
             )
     save_tensors(Path(job["folder"]) / "predictions.safetensors", predictions)
     return out
+
+
+def _probe_answers(
+    job: Job, model: nn.Module, y: Tensor, wanted: Tensor
+) -> dict[str, dict[str, float]]:
+    """What the victim makes of near misses: they should keep their class and not reach the target."""
+    kept = load_tensors(Path(job["probes"]))
+    found = {}
+    for name in sorted({key.rpartition(".")[0] for key in kept}):
+        rows = kept[f"{name}.rows"]
+        answers, _ = _answers(model, kept[f"{name}.x"])
+        found[name] = {
+            "ra": metrics.accuracy(answers, y[rows]),
+            "asr": metrics.accuracy(answers, wanted[rows]),
+            "images": len(rows),
+        }
+    return found
 
 
 def stealth(clean: Tensor, triggered: Tensor, limit: int = 2000) -> dict[str, float | None]:
