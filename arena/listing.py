@@ -373,6 +373,21 @@ def cell(record: Mapping[str, Any]) -> str:
     ):
         if facts:
             blocks.append(f"{title}\n{_facts(facts)}")
+    if probes := record.get("probes"):
+        said = {
+            name: f"true class {_number(p['ra'])}, target {_number(p['asr'])}, {p['images']} images"
+            for name, p in probes.items()
+        }
+        blocks.append(f"Near misses, before any defense\n{_facts(said)}")
+    if mmd := record.get("mmd"):
+        said = {
+            level: ", ".join(f"{name} {_number(value)}" for name, value in row.items())
+            for level, row in mmd.items()
+        }
+        blocks.append(
+            "MMD² to clean target-class features, before any defense (stamped images, the class "
+            f"itself, the nearest other class)\n{_facts(said)}"
+        )
     if flags := record.get("flags"):
         marks = {f["name"]: f"{f['meaning']} Remedy: {f['remedy']}" for f in flags}
         blocks.append(f"Flags\n{_facts(marks)}")

@@ -668,6 +668,7 @@ class Runner:
             },
             "flags": [dataclasses.asdict(flag) for flag in raised],
             "probes": before.get("probes", {}),
+            "mmd": before.get("mmd", {}),
         }
 
     def _blank(self, cell: Cell, device: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from arena.core import metrics, models, parts, poisoning, training
 from arena.core.contracts import ControlsTraining, Images, Trigger
+from arena.core.mmd import mmd_report
 from arena.core.registry import BadInput, attacks, defenses
 from arena.core.seeding import stream
 from arena.core.triggers import tensors_of
@@ -160,6 +161,10 @@ def measure(job: Job, line: Line) -> dict[str, Any]:
                 "clean_twin_ra": metrics.ra(seen, test.y, counted),
             }
             out["probes"] = _probe_answers(job, model, test.y, wanted)
+            if poisoning.scope(method) != "all-to-all":
+                out["mmd"] = mmd_report(
+                    model, triggered[counted], test, method.target, stream(0, "mmd")
+                )
             out["stealth"] = stealth(test.x[counted], triggered[counted])
             rows = shown_rows(test.y, counted)
             shown = {"clean": test.x[rows], "triggered": triggered[rows]}
@@ -174,7 +179,7 @@ def measure(job: Job, line: Line) -> dict[str, Any]:
 def _probe_answers(
     job: Job, model: nn.Module, y: Tensor, wanted: Tensor
 ) -> dict[str, dict[str, float]]:
-    """What the victim makes of near misses: they should keep their class and not reach the target."""
+    """What the victim makes of near misses: they should keep their class, not reach the target."""
     kept = load_tensors(Path(job["probes"]))
     found = {}
     for name in sorted({key.rpartition(".")[0] for key in kept}):

@@ -83,6 +83,7 @@ class Section:
     leaderboard: tables.View
     matrix: Matrix
     attacks: tables.View
+    hiding: tables.View
     weak: tables.View
 
 
@@ -211,6 +212,7 @@ def _sections(rows: list[Row]) -> list[Section]:
             leaderboard=tables.view(tables.leaderboard(group)),
             matrix=_matrix(group),
             attacks=tables.view(tables.attacks(group)),
+            hiding=tables.view(tables.hiding(group)),
             weak=tables.view(tables.not_established(group)[[*tables.WEAK_VIEW]]),
         )
         for context, group in groups.items()
@@ -412,6 +414,7 @@ def _markdown(
     parts.append(str(tables.render(tables.leaderboard(rows), "md")))
     for heading, frame in (
         ("Attacks", tables.attacks(rows)),
+        ("How far stamped images are from the target class (MMD²)", tables.hiding(rows)),
         (
             "Attack not established: shown, not ranked",
             tables.not_established(rows)[[*tables.WEAK_VIEW]],

@@ -27,6 +27,8 @@ METRICS = (
     "l2",
     "linf",
 )
+LEVELS = ("shallow", "middle", "deep")  # of every network, from input to output
+MMD = tuple(f"mmd_{kind}_{level}" for level in LEVELS for kind in ("stamped", "intra", "inter"))
 BUDGET = ("seconds", "peak_memory_mb", "clean_images", "forward_images", "backward_images")
 INTERVALS = ("acc_low", "acc_high", "asr_low", "asr_high")
 COLUMNS = (
@@ -39,6 +41,7 @@ COLUMNS = (
     *METRICS,
     *INTERVALS,
     *BUDGET,
+    *MMD,
     "flags",
     "threat",
     "attack_name",
@@ -91,6 +94,9 @@ def flatten(record: Mapping[str, Any]) -> Row:
         low, high = (record.get("intervals") or {}).get(name) or (None, None)
         row[f"{name}_low"], row[f"{name}_high"] = number(low), number(high)
     row |= {name: number(budget.get(name)) for name in BUDGET}
+    for name in MMD:
+        _, kind, level = name.split("_")
+        row[name] = number(((record.get("mmd") or {}).get(level) or {}).get(kind))
     return row | {
         "flags": [flag["name"] for flag in record.get("flags") or ()],
         "threat": attack.get("threat") or "",

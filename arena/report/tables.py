@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from .rows import BUDGET, COLUMNS, CONTEXT, INTERVALS, METRICS, Row
+from .rows import BUDGET, COLUMNS, CONTEXT, INTERVALS, LEVELS, METRICS, Row
 from .statistics import Summary, over_attacks, summarise
 
 if TYPE_CHECKING:
@@ -222,6 +222,31 @@ def attacks(rows: Iterable[Row]) -> pd.DataFrame:
     return _frame(lines, columns)
 
 
+def hiding(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line per attack and feature level: MMD² of stamped images to the target class's features.
+
+    Beside it what tells whether that is far: the class against itself (intra), and against the
+    nearest other class (inter). SDRM, Table 2.
+    """
+    lines: list[Row] = []
+    chosen = [row for row in current(rows) if is_attacked(row)]
+    groups = _groups(chosen, lambda row: (_context(row), row["attack"]))
+    for (context, attack), group in groups.items():
+        victims = _groups(group, _victim).values()
+        for level in LEVELS:
+            line = dict(zip(CONTEXT, context, strict=True)) | {"attack": attack, "level": level}
+            for kind in ("stamped", "intra", "inter"):
+                values = [same[0][f"mmd_{kind}_{level}"] for same in victims]
+                line |= _spread(f"mmd_{kind}", summarise(values))
+            if line["mmd_stamped"] is not None:
+                lines.append(
+                    line | {"seeds": len(victims), "attack_short": group[0]["attack_short"]}
+                )
+    lines.sort(key=lambda line: (*map(str, _context(line)), line["attack_short"]))
+    kinds = _paired(("mmd_stamped", "mmd_intra", "mmd_inter"))
+    return _frame(lines, (*CONTEXT, "attack", "level", *kinds, "seeds", "attack_short"))
+
+
 def failures(rows: Iterable[Row]) -> pd.DataFrame:
     """Every cell that collapsed, failed, timed out or did not apply, with the reason."""
     fields = (*CONTEXT, "attack", "defense", "seed", "status", "reason", "key", *_SHORTS)
@@ -303,10 +328,11 @@ _PERCENT = {
     "clean_twin_asr": "twin to target %",
 }
 _STEALTH = ("psnr", "ssim", "l2", "linf")  # properties of the trigger: shown without their sd
-_DIGITS = {"psnr": 1, "ssim": 3, "l2": 2, "linf": 3, "seconds": 1}
-_HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "l2": "L2", "linf": "L∞"}
+_MMD = {"mmd_stamped": "stamped", "mmd_intra": "same class", "mmd_inter": "nearest other class"}
+_DIGITS = {"psnr": 1, "ssim": 3, "l2": 2, "linf": 3, "seconds": 1, **dict.fromkeys(_MMD, 3)}
+_HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "l2": "L2", "linf": "L∞", **_MMD}
 _COUNTS = ("attacks", "seeds", "seed")
-_TEXTS = ("threat", "attack", "defense", "status", "flags", "reason", "notes")
+_TEXTS = ("threat", "attack", "level", "defense", "status", "flags", "reason", "notes")
 _ROW_VIEW = (
     *("attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds"),
     *("status", "flags", "reason"),
