@@ -67,7 +67,8 @@ def compare(options: argparse.Namespace, folder: Path, say: Say) -> list[str]:
     rng = random.Random(options.seed)
     kills = 0
     while kills < options.kills:
-        moment = rng.uniform(0.3 * idle, idle + 2 * (whole - idle) / options.kills)
+        # often enough longer than a start and one task, so that kills fall all over the matrix
+        moment = rng.uniform(0.3 * idle, idle + 3 * (whole - idle) / options.kills)
         process = start(killed, options, log)
         try:
             process.wait(moment)

@@ -307,3 +307,22 @@ def test_a_run_killed_ten_times_ends_as_an_undisturbed_one(tmp_path: Path) -> No
     lines: list[str] = []
     assert killed.compare(killed.parsed([]), tmp_path, lines.append) == []
     assert sum(line.startswith("kill ") for line in lines) == 10
+
+
+# -------------------------------------------------------- what else is kept and said about a victim
+
+
+def test_the_trigger_is_kept_with_its_victim(plan: Plan, store: Store) -> None:
+    artifact = store.artifact(victim_of(plan, "patch").key)
+    assert artifact is not None
+    kept = artifact.tensors("trigger")
+    assert set(kept) == {"stamp.picture", "stamp.mask"}
+    assert kept["stamp.picture"].shape == (3, 3, 3)
+    assert artifact.meta["result"]["parts"] == {}, "a patch has no trained parts"
+
+
+def test_records_say_how_far_stamped_images_are_from_the_target(plan: Plan, store: Store) -> None:
+    found = record_of(store, cell_of(plan, "patch", "none"))["mmd"]
+    assert set(found) == {"shallow", "middle", "deep"}
+    assert all(set(row) == {"stamped", "intra", "inter"} for row in found.values())
+    assert record_of(store, cell_of(plan, "none", "none"))["mmd"] == {}
