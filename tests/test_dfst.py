@@ -356,6 +356,7 @@ def test_neurons_are_ranked_by_their_rise_and_judged_by_both_rules():
     # rises 30, 80, 70, 1, 170: the second one does not double, the fourth is under 2 % of 100
     found = injectors.compromised(Bare(), clean, stamped, share=0.02, most=5)
     assert [n.channel for n in found if n.level == "deep"] == [4, 2, 0]
+    assert [n.rise for n in found[:3]] == pytest.approx([170 / 255, 70 / 255, 30 / 255], rel=0.02)
     assert [n.level for n in found] == ["shallow"] * 3 + ["middle"] * 3 + ["deep"] * 3
     capped = injectors.compromised(Bare(), clean, stamped, share=0.02, most=1)
     assert [n.channel for n in capped] == [4, 4, 4]
@@ -368,25 +369,26 @@ def test_similarity_is_rewarded_not_punished():
     assert injectors.image_similarity(x, other).max() < 0.5
     small = injectors.image_similarity(x[..., :8, :8], x[..., :8, :8])
     assert small.tolist() == pytest.approx([1, 1, 1])
-    plain = torch.zeros(2, 3)
+    plain, neuron = torch.zeros(2, 3), Neuron("deep", 0, 2.0)
 
     def paid(alike):
-        return float(injectors.injector_loss(plain, plain, torch.ones(()), 0, alike)[0])
+        return float(injectors.injector_loss(plain, plain, neuron, torch.tensor(alike))[0])
 
-    grid = [paid(torch.tensor(alike)) for alike in (-0.5, 0.0, 0.3, 0.59)]
+    grid = [paid(alike) for alike in (-0.5, 0.0, 0.3, 0.59)]
     assert grid == sorted(grid, reverse=True)
-    assert paid(torch.tensor(0.9)) < paid(torch.tensor(0.7))
-    assert paid(torch.tensor(0.0)) - paid(torch.tensor(0.5)) == pytest.approx(50)
-    assert paid(torch.tensor(0.7)) - paid(torch.tensor(0.9)) == pytest.approx(0.02)
+    assert paid(0.9) < paid(0.7)
+    assert paid(0.0) - paid(0.5) == pytest.approx(500)
+    assert paid(0.7) - paid(0.9) == pytest.approx(0.2)
 
 
 def test_what_an_injector_pays_for_activations():
     plain = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
     now = torch.tensor([[1.5, 5.0, 3.0], [1.5, 7.0, 1.0]])
-    loss, gain = injectors.injector_loss(now, plain, torch.tensor(4.0), 1, torch.tensor(1.0))
+    neuron = Neuron("deep", 1, 2.0)  # the trigger raises it by 2
+    loss, gain = injectors.injector_loss(now, plain, neuron, torch.tensor(1.0))
     assert float(gain) == pytest.approx(4)
     others = (0.5 + 1.0) / 2  # means over images of |0.5|, |0.5| and of |0|, |2|, over 2 neurons
-    assert float(loss) == pytest.approx((0.1 * others - 4) / 4 - 0.1)
+    assert float(loss) == pytest.approx((0.01 * others - 4) / 2 - 1)
 
 
 def test_a_new_injector_leaves_the_image_as_it_is():
@@ -412,7 +414,7 @@ def quick(monkeypatch):
 def test_an_injector_raises_its_neuron_and_keeps_the_image(planted, quick):
     x, before = to_float(others()), {k: v.clone() for k, v in planted.state_dict().items()}
     flags = [weight.requires_grad for weight in planted.parameters()]
-    neuron = Neuron("shallow", toys.TARGET)  # answers to the target class's colour
+    neuron = Neuron("shallow", toys.TARGET, 0.3)  # answers to the target class's colour
     injector = injectors.train_injector(planted, neuron, x, toys.TARGET, 40, stream(0, "i"))
     assert same(before, planted.state_dict()), "the victim was trained"
     assert flags == [weight.requires_grad for weight in planted.parameters()]
@@ -429,13 +431,13 @@ def test_an_injector_raises_its_neuron_and_keeps_the_image(planted, quick):
 
 
 def test_no_injector_where_the_neuron_does_not_rise(planted):
-    dead = Neuron("deep", toys.CHANNEL)  # needs four white pixels in one corner
+    dead = Neuron("deep", toys.CHANNEL, 1.0)  # needs four white pixels in one corner
     x = to_float(others(20))
     assert injectors.train_injector(planted, dead, x, toys.TARGET, 3, stream(0, "i")) is None
 
 
 def test_no_injector_where_the_image_is_lost(planted, quick, monkeypatch):
-    neuron, x = Neuron("shallow", toys.TARGET), to_float(others(20))
+    neuron, x = Neuron("shallow", toys.TARGET, 0.3), to_float(others(20))
 
     def found():
         return injectors.train_injector(planted, neuron, x, toys.TARGET, 8, stream(0, "i"))

@@ -68,7 +68,7 @@ class DFST:
         folder=True,
     )
     gan_steps: int = param(
-        800,
+        200,
         "updates of the CycleGAN's generators, and of its discriminators",
         low=1,
         source="the paper's code: 2,000 epochs",
@@ -104,10 +104,10 @@ class DFST:
         high=1,
         source="the paper's code: 5 of 1,024 pixels; BackdoorVault: 20",
     )
-    neurons: int = param(2, "compromised neurons per feature level at most, the strongest", low=1)
+    neurons: int = param(3, "compromised neurons per feature level at most, the strongest", low=1)
     injector_steps: int = param(
-        300,
-        "updates of each injector, on all 100 images at once",
+        100,
+        "updates of each injector, on 100 images at once",
         low=1,
         source="BackdoorVault: 300 epochs; the paper's code: 1,000",
     )

@@ -39,7 +39,7 @@ from arena.core.training import autocast, device_of, logits, to_float
 RATE = 1e-3  # of Adam, for injectors
 ALIKE = 0.6  # SSIM with the image that an injector must keep
 _WINDOW = 11  # px, of the SSIM; smaller images have a window of their own size
-_FAR, _NEAR = 100.0, 0.1  # weight of the SSIM below ALIKE and above: 1e5 and 100 of the paper
+_FAR, _NEAR = 1000.0, 1.0  # weight of the SSIM below ALIKE and above; the paper: 1e5 and 100
 _OTHERS = 0.01  # weight of the mean change of the level's other neurons
 _TARGET = 0.1  # weight of the cross-entropy to the target class
 _FLOOR = 0.02  # distance that pixels keep from 0 and 1, where no change would have a gradient
