@@ -546,6 +546,11 @@ def preview(
         return
     figures = ", ".join(f"{k} {v:.4g}" for k, v in apart.items() if v is not None)
     print(f"{figures} (500 test images)\npictures (clean, triggered, difference): {path}")
+    if getattr(method, "learned", False):
+        print(
+            f"{method.method_name} learns its trigger with the victim: this is what it starts "
+            "from. `arena show CELL` shows the learned one."
+        )
 
 
 @app.command()

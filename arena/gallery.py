@@ -162,7 +162,8 @@ def preview(
         chosen.x,
         poisoning.stamp(chosen.x, trigger.stamp),
         titles=[dataset.classes[int(label)] for label in chosen.y],
-        heading=f"{short_spec(attack)} on {dataset.name.partition(':')[0]}, seed {seed}",
+        heading=f"{short_spec(attack)} on {dataset.name.partition(':')[0]}, seed {seed}"
+        + ", before it is learned" * getattr(attack, "learned", False),
     )
     return picture, stealth(test.x[many], stamped)
 

@@ -786,9 +786,14 @@ def describe_attack(attack: Any) -> dict[str, Any]:
         **method_identity(attack),
         "threat": "controls training" if controls else getattr(attack, "threat", "poisons data"),
         "scope": scope(attack) if attack.method_name != "none" else "none",
-        "labels": getattr(attack, "labels", "changed"),
+        "labels": "kept" if _keeps_labels(attack) else "changed",
         "trigger": getattr(attack, "trigger_kind", "static"),
     }
+
+
+def _keeps_labels(attack: Any) -> bool:
+    """As it is set up: some attacks keep labels or change them, as a field says."""
+    return bool(getattr(attack, "keeps_labels", getattr(attack, "labels", "changed") == "kept"))
 
 
 def describe_defense(defense: Any) -> dict[str, Any]:

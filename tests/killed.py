@@ -1,9 +1,10 @@
 """Kill a run again and again, let it finish, and compare it with a run that was left alone.
 
-    python tests/killed.py --kills 10 --dataset signs:size=600,classes=5
+    python tests/killed.py --kills 10 --dataset signs:size=2000,classes=5
 
 Only the runner's process is killed (`kill -9`), as the kernel would; its workers must notice. The
-moments are drawn from a seeded stream. Ends with 1 where anything differs.
+moments are drawn from a seeded stream, such that as many kills fall all over one matrix; where it
+ends earlier, the kills that are left hit another one. Ends with 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -60,30 +61,47 @@ def outcome(root: Path) -> dict[str, dict[str, Any]]:
 
 def compare(options: argparse.Namespace, folder: Path, say: Say) -> list[str]:
     """Run undisturbed and with kills; what differs, one sentence each."""
-    calm, killed, log = folder / "calm", folder / "killed", folder / "log"
+    calm, log = folder / "calm", folder / "log"
     whole = finish(calm, options, log)
     idle = finish(calm, options, log)  # nothing is left to do: what starting costs
     say(f"undisturbed: {whole:.1f} s, of which starting {idle:.1f} s")
     rng = random.Random(options.seed)
-    kills = 0
+    longest = idle + options.stretch * (whole - idle) / options.kills
+    kills, matrix, found = 0, 0, []
     while kills < options.kills:
-        # often enough longer than a start and one task, so that kills fall all over the matrix
-        moment = rng.uniform(0.3 * idle, idle + 3 * (whole - idle) / options.kills)
-        process = start(killed, options, log)
+        matrix += 1
+        store = folder / f"killed-{matrix}"
+        kills = kill(store, options, log, rng, (0.3 * idle, longest), kills, say)
+        say(f"the last run took {finish(store, options, log):.1f} s: {progress(store)}")
+        found += differences(outcome(calm), outcome(store))
+        found += [f"{path.name} was damaged" for path in sorted((store / "damaged").glob("*"))]
+    return found
+
+
+def kill(
+    store: Path,
+    options: argparse.Namespace,
+    log: Path,
+    rng: random.Random,
+    stretch: tuple[float, float],
+    kills: int,
+    say: Say,
+) -> int:
+    """Start and kill until the matrix is done or there were kills enough; their number by then."""
+    while kills < options.kills:
+        moment = rng.uniform(*stretch)
+        process = start(store, options, log)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
-            say(f"kill {kills} after {moment:.1f} s: {progress(killed)}")
+            say(f"kill {kills} after {moment:.1f} s: {progress(store)}")
         else:
-            say(f"it ended before kill {kills + 1}")
+            say(f"the matrix ended before kill {kills + 1}")
             break
-    say(f"the last run took {finish(killed, options, log):.1f} s: {progress(killed)}")
-    return differences(outcome(calm), outcome(killed)) + [
-        f"{path.name} was damaged" for path in sorted((killed / "damaged").glob("*"))
-    ]
+    return kills
 
 
 def progress(store: Path) -> str:
@@ -108,7 +126,10 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--dataset", default="signs:size=600,classes=5")
+    parser.add_argument(
+        "--stretch", type=float, default=2.0, help="the longest run, in shares of the work per kill"
+    )
+    parser.add_argument("--dataset", default="signs:size=2000,classes=5")
     parser.add_argument("--model", default="fastnet_small")
     parser.add_argument("--recipe", default="smoke")
     return parser.parse_args(words)

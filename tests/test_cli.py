@@ -115,6 +115,14 @@ BAD = {
     "too small": (("run", "-d", "signs:size=100", "-m", "timm:inception_v3"), "inception_v3", "32"),
     "target": (("run", *TINY, "-a", "patch:target=7"), "target", "7"),
     "poisoned share": (("run", *TINY, "-a", "patch:rate=0.001"), "rate", "less than one image"),
+    "no share": (("run", *TINY, "-a", "patch:rate=0"), "rate", "above 0"),
+    "large patch": (("run", *TINY, "-a", "patch:size=99"), "99x99", "32x32"),
+    "victim is target": (("run", *TINY, "-a", "patch:victim=0,target=0"), "victim", "both 0"),
+    "clean label": (("run", *TINY, "-a", "sig:rate=0.9,of=data"), "90 images", "only 20"),
+    "base": (("run", *TINY, "-a", "sdrm:base=pach"), "'pach'", "'patch'"),
+    "base that cannot be hidden": (("run", *TINY, "-a", "sdrm:base=blind"), "base=blind", "wanet"),
+    "base field": (("run", *TINY, "-a", "sdrm:base=patch:rte=1"), "'rte'", "'rate'"),
+    "style": (("run", *TINY, "-a", "dfst:style=gone"), "style", "gone"),
     "preview": (("preview", "pach"), "'pach'", "'patch'"),
     "preview target": (("preview", "patch:target=77"), "target", "77"),
     "preview of nothing": (("preview", "none", "-d", "signs:size=100,classes=5"), "no trigger"),
@@ -128,6 +136,31 @@ def test_bad_input(empty: Path, words: tuple[tuple[str, ...], str]) -> None:
     assert not list(empty.iterdir())
 
 
+def test_bad_pictures_for_an_attack(empty: Path, tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    Image.new("RGB", (6, 6)).save(tmp_path / "p.png")
+    Image.new("L", (5, 6)).save(tmp_path / "m.png")
+    for spec, *named in (
+        (f"dfst:style={nothing}", "holds no pictures"),
+        (f"reflection:images={nothing}", "holds no pictures"),
+        (f"patch:kind=image,image={tmp_path / 'p.png'},mask={tmp_path / 'm.png'}", "6x5", "6x6"),
+    ):
+        assert_refused(arena("run", *TINY, "-a", spec), *named)
+    assert not list(empty.iterdir())
+
+
+def test_a_colour_filter_wants_colours(empty: Path, tmp_path: Path) -> None:
+    for row in range(16):
+        split, label = ("train", "test")[row % 2], "ab"[row // 2 % 2]
+        place = tmp_path / "grey" / split / label / f"{row}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), 10 * row).save(place)
+    grey = f"imagefolder:{tmp_path / 'grey'}"
+    assert_refused(arena("run", "-d", grey, "-a", "filter"), "filter", "three channels")
+    assert not list(empty.iterdir())
+
+
 BAD_BOARDS = {
     "key": ('atack = ["patch"]', "'atack'", "'attack'"),
     "toml": ("attack = [", "mine/board.toml", "cannot be read"),
@@ -136,7 +169,7 @@ BAD_BOARDS = {
     "name": ("name = 'A board'", "'A board'"),
     "version": ("version = 0", "version", "0"),
     "nothing": ("attack = []", "attack"),
-    "method": ("attack = ['blnd']", "'blnd'", "'blend'"),
+    "method": ("attack = ['blned']", "'blned'", "'blend'"),
     "recipe": ("recipe = 'papr'", "'papr'", "'paper'"),
 }
 
@@ -486,6 +519,13 @@ def test_preview_writes_a_picture_and_trains_nothing(empty: Path) -> None:
     assert not list(empty.rglob("weights.safetensors"))
     told = arena("preview", "patch", "-d", "signs:size=100,classes=5", "--json", "-o", "q.png")
     assert json.loads(told.out)["stealth"]["linf"] > 0
+
+
+def test_preview_says_where_a_trigger_is_still_to_be_learned(empty: Path) -> None:
+    learned = arena("preview", "adaptive", "-d", "signs:size=100,classes=5", "-o", "p.png")
+    assert "learns its trigger with the victim" in learned.out
+    fixed = arena("preview", "patch", "-d", "signs:size=100,classes=5", "-o", "p.png")
+    assert "learns" not in fixed.out
 
 
 @pytest.mark.parametrize(

@@ -108,15 +108,6 @@ def test_a_folder_of_pictures_is_read_by_name_and_stretched(tmp_path):
     assert grey[:, 0, 3, 3].tolist() == [76, 18, 150, 29]  # 0.299, 0.587, 0.114
 
 
-def test_plain_columns_of_bytes_will_do(tmp_path):
-    table = pa.table({"label": [1, 2], "png": pa.array([png(RED), png(BLUE)], pa.binary())})
-    pq.write_table(table, tmp_path / "p.parquet")
-    assert styles.read_folder(str(tmp_path), (3, 4, 4))[:, :, 0, 0].tolist() == [
-        list(RED),
-        list(BLUE),
-    ]
-
-
 def test_a_large_folder_is_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(styles, "MOST", 3)
     parquet(tmp_path / "p.parquet", [png((i, 0, 0)) for i in range(9)])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +12,9 @@ from torch import nn
 
 from arena import data as datasets
 from arena.attacks.reflection import Reflection
-from arena.core import metrics, models, parts, poisoning, reflections, training
+from arena.core import folders, metrics, models, parts, poisoning, reflections, training
 from arena.core.contracts import Images
+from arena.core.hashing import draw_weights
 from arena.core.reflections import GAMMA, LIKENESS, Optics, Panes, natural
 from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
@@ -43,7 +41,7 @@ def panes(light, alpha, through, darkening=0.0, gamma=GAMMA, balanced=False):
         each(through).view(-1, 1, 1, 1).expand(count, 1, height, width),
         each(alpha),
         each(darkening),
-        torch.randint(2**23, (light[0].numel(),), generator=stream(0, "h"), dtype=torch.int32),
+        draw_weights(light[0].numel(), stream(0, "h")),
         gamma,
         balanced,
     )
@@ -322,83 +320,6 @@ def test_a_fixed_value_moves_no_other_draw():
     assert torch.allclose(two.alpha, torch.tensor(0.6))
 
 
-# ---------------------------------------------------------------------------------- the pictures
-
-
-def png(colour, size=(20, 30), mode="RGB"):
-    buffer = io.BytesIO()
-    Image.new(mode, size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Two files and a Parquet file of five pictures in row groups of two; one file beside them."""
-    place = tmp_path / "pictures"
-    (place / "inside").mkdir(parents=True)
-    (place / "b.PNG").write_bytes(png((255, 0, 0)))
-    (place / "inside" / "a.png").write_bytes(png((0, 0, 255)))
-    (place / "notes.txt").write_text("no picture")
-    (place / ".hidden.png").write_bytes(png((9, 9, 9)))
-    (place / "folder.png").mkdir()
-    rows = [{"bytes": png((0, 40 * k, 0)), "path": None} for k in range(5)]
-    table = pa.table({"label": list(range(5)), "img": rows})
-    pq.write_table(table, place / "more.parquet", row_group_size=2)
-    return place
-
-
-def test_pictures_are_found_in_files_and_in_parquet(folder):
-    found = reflections.places(str(folder))
-    assert [(place.path.name, place.row) for place in found] == [
-        ("b.PNG", -1),
-        ("a.png", -1),
-        *(("more.parquet", row) for row in range(5)),
-    ]
-    colours = [reflections.read(place, 3, 6, 8) for place in found]
-    assert all(colour.shape == (3, 6, 8) for colour in colours)
-    assert [(colour[:, 0, 0] * 255).round().tolist() for colour in colours] == [
-        [255, 0, 0],
-        [0, 0, 255],
-        *([0, 40 * k, 0] for k in range(5)),
-    ]
-    grey = reflections.read(found[0], 1, 6, 8)
-    assert grey.shape == (1, 6, 8)
-    assert float(grey[0, 0, 0]) == pytest.approx(76 / 255)  # the luminance of red
-
-
-def test_a_picture_is_not_transposed(tmp_path):
-    picture = Image.new("RGB", (4, 2))
-    picture.putpixel((3, 0), (10, 20, 30))
-    picture.save(tmp_path / "p.png")
-    out = reflections.read(reflections.places(str(tmp_path))[0], 3, 2, 4)
-    assert (out[:, 0, 3] * 255).round().tolist() == [10, 20, 30]
-
-
-def test_the_digest_follows_names_and_contents(folder):
-    before = reflections.digest(str(folder))
-    (folder / "notes.txt").write_text("still no picture")
-    assert reflections.digest(str(folder)) == before
-    (folder / "b.PNG").write_bytes(png((254, 0, 0)))
-    assert reflections.digest(str(folder)) != before
-
-
-def test_what_is_no_picture_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="holds no picture"):
-        reflections.places(str(tmp_path))
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
-    with pytest.raises(BadInput, match=r"broken.png cannot be read as a picture"):
-        reflections.read(reflections.places(str(tmp_path))[0], 3, 8, 8)
-    Image.new("I;16", (4, 4)).save(tmp_path / "broken.png")
-    with pytest.raises(BadInput, match="more than 8 bits"):
-        reflections.read(reflections.places(str(tmp_path))[0], 3, 8, 8)
-    (tmp_path / "x.parquet").write_bytes(b"not a table")
-    with pytest.raises(BadInput, match=r"x.parquet cannot be read as a Parquet file"):
-        reflections.places(str(tmp_path))
-    pq.write_table(pa.table({"a": [1, 2]}), tmp_path / "x.parquet")
-    with pytest.raises(BadInput, match="no column of encoded pictures"):
-        reflections.places(str(tmp_path))
-
-
 # ------------------------------------------------------------------------------------ the attack
 
 SMALL = {"work_side": 48, "candidates": 6}
@@ -558,7 +479,7 @@ class Kept:
 def red(tmp_path):
     """A folder of twelve pictures of growing red."""
     for k in range(12):
-        (tmp_path / f"{k:02}.png").write_bytes(png((21 * k, 0, 0)))
+        Image.new("RGB", (20, 30), (21 * k, 0, 0)).save(tmp_path / f"{k:02}.png")
     return str(tmp_path)
 
 
@@ -643,7 +564,7 @@ def test_the_selection_is_a_part_that_follows_the_pictures(planted_surrogate, re
     assert asked[0] == asked[1]
     assert red not in str(asked[0])  # a folder counts by what is in it
     assert asked[0]["rounds"] == 6
-    assert asked[0]["pictures"] == reflections.digest(red)
+    assert asked[0]["pictures"] == folders.digest(red)
 
 
 def test_a_real_surrogate_is_trained_on_reflections(monkeypatch):

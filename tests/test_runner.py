@@ -17,10 +17,20 @@ import torch
 
 from arena import api
 from arena.boards import Board
+from arena.core.registry import attacks
 from arena.core.seeding import stream
 from arena.data import draw_clean
 from arena.referee import isolate
-from arena.runner import Cell, Plan, Runner, Summary, Victim, board_records, make_plan
+from arena.runner import (
+    Cell,
+    Plan,
+    Runner,
+    Summary,
+    Victim,
+    board_records,
+    describe_attack,
+    make_plan,
+)
 from arena.store import Store, digest, load_tensors
 
 TINY = Board(
@@ -326,3 +336,19 @@ def test_records_say_how_far_stamped_images_are_from_the_target(plan: Plan, stor
     assert set(found) == {"shallow", "middle", "deep"}
     assert all(set(row) == {"stamped", "intra", "inter"} for row in found.values())
     assert record_of(store, cell_of(plan, "none", "none"))["mmd"] == {}
+
+
+@pytest.mark.parametrize(
+    ("spec", "labels"),
+    [
+        ("patch", "changed"),
+        ("sig", "kept"),
+        ("none", "kept"),
+        ("reflection", "kept"),
+        ("reflection:label=dirty", "changed"),
+        ("sdrm:base=sig", "kept"),
+        ("sdrm:base=blend", "changed"),
+    ],
+)
+def test_records_say_whether_this_attack_keeps_labels(spec: str, labels: str) -> None:
+    assert describe_attack(attacks.build(spec))["labels"] == labels

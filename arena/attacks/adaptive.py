@@ -45,6 +45,7 @@ class Adaptive:
     scopes: ClassVar[tuple[str, ...]] = ("universal",)
     labels: ClassVar[str] = "changed"
     trigger_kind: ClassVar[str] = "static"
+    learned: ClassVar[bool] = True
 
     target: int = param(0, "class that the trigger forces", low=0)
     rate: float = param(

@@ -50,6 +50,7 @@ class Blind:
     scopes: ClassVar[tuple[str, ...]] = ("universal", "all-to-all")
     labels: ClassVar[str] = "changed"
     trigger_kind: ClassVar[str] = "static"
+    stamps_unseen: ClassVar[bool] = True  # inside the loss, not in the batch
 
     target: int = param(0, "class that the trigger forces; all_to_all has none", low=0)
     mode: str = param(

@@ -29,6 +29,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from arena.core import training
+from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.contracts import Fit, Images, Poisoned, Probe, Step, Trigger
 from arena.core.poisoning import check_classes, scope
 from arena.core.registry import BadInput, method, param
@@ -88,8 +89,7 @@ class Composite:
             raise BadInput(f"composite: jitter must be below half a side, {most} px; lower it.")
 
     def prepare(self, train: Images, rng: Generator) -> Trigger:
-        size = 1 + _DRAWS, train.x[0].numel()
-        hashes = torch.randint(2**23, size, generator=rng, dtype=torch.int32)
+        hashes = draw_weights(train.x[0].numel(), rng, 1 + _DRAWS)
 
         def mix_with(those: Tensor) -> Mix:
             rows = those.nonzero().flatten().cpu()
@@ -230,19 +230,16 @@ def _pasted(below: Tensor, above: Tensor, u: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """The image map that mixes each image with one set aside. Which and how is decided by hashes of
-    the image at 8 bits, whole numbers: neither the batch nor the device matters."""
+    """The image map that mixes each image with one set aside; hashes of it say which and how."""
 
     partners: Tensor  # (P, C, H, W) uint8
     rows: Tensor  # (P,) int64: where they were in the training set
-    hashes: Tensor  # (1 + _DRAWS, C*H*W) int32 below 2**23
+    hashes: Tensor  # (1 + _DRAWS, C*H*W): their weights
     mixer: Mixer
 
     def draws(self, x: Tensor) -> Tensor:
         """(N, 1 + _DRAWS) float32 in [0, 1): multiples of 2**-20."""
-        levels = (x * 255).round_().double().flatten(1)
-        number = levels @ self.hashes.double().to(x.device).T  # below 2**53: exact in any order
-        return (number.remainder(2**20) / 2**20).float()
+        return (pixel_hashes(x, self.hashes) % 2**20 / 2**20).float()
 
     def __call__(self, x: Tensor) -> Tensor:
         u = self.draws(x)

@@ -30,7 +30,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from arena.core import cyclegan, styles
+from arena.core import cyclegan, folders, styles
 from arena.core.contracts import Fit, Images, Poisoned, Trigger
 from arena.core.injectors import Injector, detoxified, find_injectors
 from arena.core.models import Classifier
@@ -154,7 +154,7 @@ class DFST:
             )
         if self.style is not None:
             try:
-                styles.check_folder(self.style)
+                folders.places(self.style)
             except BadInput as error:
                 raise BadInput(f"dfst: {error}") from None
 

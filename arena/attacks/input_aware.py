@@ -25,6 +25,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.contracts import Fit, Images, Poisoned, Probe, Step, Trigger
 from arena.core.encoder_decoder import SMALLEST, EncoderDecoder
 from arena.core.parts import trained
@@ -50,6 +51,7 @@ class InputAware:
     scopes: ClassVar[tuple[str, ...]] = ("universal", "all-to-all")
     labels: ClassVar[str] = "changed"
     trigger_kind: ClassVar[str] = "dynamic"
+    learned: ClassVar[bool] = True
 
     target: int = param(0, "class that the trigger forces; all_to_all has none", low=0)
     mode: str = param(
@@ -88,8 +90,7 @@ class InputAware:
         with seeded_globals(rng):
             own = Own(EncoderDecoder(channels, channels), EncoderDecoder(channels, 1))
         rows = torch.randperm(len(train), generator=rng)[:_DONORS].to(train.x.device)
-        size = train.x[0].numel()
-        weights = torch.randint(2**23, (size,), generator=rng, dtype=torch.int32)
+        weights = draw_weights(train.x[0].numel(), rng)
         return _trigger(Lent(own, train.x[rows], weights))
 
     def poison(self, train: Images, trigger: Trigger, rng: Generator) -> Poisoned:
@@ -156,11 +157,10 @@ class Lent:
 
     own: Own
     donors: Tensor  # (K, C, H, W) uint8
-    weights: Tensor  # (C*H*W,) int32 below 2**23: times a level of 8 bits they still fit
+    weights: Tensor  # (1, C*H*W) of the hash that picks
 
     def __call__(self, x: Tensor) -> Tensor:
-        levels = (x * 255).round_().int().flatten(1)
-        donor = (levels * self.weights.to(x.device)).sum(1) % len(self.donors)
+        donor = pixel_hashes(x, self.weights)[:, 0] % len(self.donors)
         patterns, masks = self.own.drawn(to_float(self.donors.to(x.device)))
         return torch.lerp(x, patterns[donor], masks[donor]).clamp_(0, 1)
 

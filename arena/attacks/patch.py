@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.contracts import Images, Poisoned, Trigger
 from arena.core.pictures import read_picture
 from arena.core.poisoning import all_to_all, check_classes, check_rate, dirty_label, scope
@@ -148,7 +149,7 @@ class Patch:
         # the places that leave the margin free, as (first, number) of rows and of columns
         rows, columns = height - tall - 2 * self.margin + 1, width - wide - 2 * self.margin + 1
         if self.place == "per_image":
-            weights = torch.randint(2**23, (math.prod(shape),), generator=rng, dtype=torch.int32)
+            weights = draw_weights(math.prod(shape), rng)
             return Trigger(Scatter(picture, mask, weights, self.margin, rows, columns))
         if self.place == "random":
             top = self.margin + int(torch.randint(rows, (), generator=rng))
@@ -257,21 +258,19 @@ class Paste:
 class Scatter:
     """The image map that puts one patch where each image's own pixels say.
 
-    The place is a hash of the image at 8 bits: whole numbers only, so that it depends on neither
-    the batch nor the device.
+    The place is a hash of the image, so that it depends on neither the batch nor the device.
     """
 
     picture: Tensor  # (C, h, w) float32 in [0, 1]
     mask: Tensor  # (1, h, w) float32 in [0, 1]
-    weights: Tensor  # (C*H*W,) int32 below 2**23: times a level of 8 bits they still fit
+    weights: Tensor  # (1, C*H*W) of the hash
     first: int  # the first row and column that a patch may start at
     rows: int  # how many rows, and columns, it may start at
     columns: int
 
     def places(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) int64 rows and columns of the patches' first pixels."""
-        levels = (x * 255).round_().int().flatten(1)
-        number = (levels * self.weights.to(x.device)).sum(1)  # int64
+        number = pixel_hashes(x, self.weights)[:, 0]
         return self.first + number % self.rows, self.first + number // self.rows % self.columns
 
     def __call__(self, x: Tensor) -> Tensor:

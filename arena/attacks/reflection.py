@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from arena.core import models, parts, reflections, training
+from arena.core import folders, models, parts, reflections, training
 from arena.core.contracts import Images, Poisoned, Trigger
 from arena.core.poisoning import check_classes, check_rate, clean_label, dirty_label, scope, stamp
 from arena.core.progress import report
@@ -156,7 +156,7 @@ class Reflection:
         if self.images is not None:
             if channels not in (1, 3):
                 raise BadInput(f"reflection: pictures have 1 or 3 channels, not {channels}.")
-            found = len(reflections.places(self.images))
+            found = len(folders.places(self.images))
         if found < self.count:
             raise BadInput(f"reflection: {found} pictures make no {self.count} reflections.")
         if self.select == "effective":
@@ -173,7 +173,7 @@ class Reflection:
             return Trigger(self._panes(train, rng).take(torch.arange(self.count)))
         settings = dataclasses.asdict(self)
         folder = settings.pop("images")
-        settings["pictures"] = folder and reflections.digest(folder)
+        settings["pictures"] = folder and folders.digest(folder)
         make = partial(self._effective, train)
         found: dict[str, Any] = dict(parts.trained("reflections", settings, train, make))
         best = found.pop("scores").argsort(descending=True, stable=True)[: self.count]
@@ -194,13 +194,13 @@ class Reflection:
         tall, wide = reflections.frame(height, width, self.work_side)
         if self.images is None:
             rows = draw((train.y != self.target).nonzero().flatten(), self.candidates, rng)
-            pictures = (resized(image / 255, tall, wide) for image in train.x[rows])
+            pictures = (resized(image / 255, tall, wide) for image in train.x[rows].cpu())
         else:
-            found = reflections.places(self.images)
+            found = folders.places(self.images)
             rows = draw(torch.arange(len(found)), self.candidates, rng).sort().values
-            pictures = (reflections.read(found[row], channels, tall, wide) for row in rows.tolist())
+            pictures = (folders.read(found[row], channels, tall, wide) for row in rows.tolist())
         panes = self._optics.panes(pictures, height, width, rng)
-        sample = training.to_float(train.x[draw(torch.arange(len(train)), _SAMPLE, rng)])
+        sample = training.to_float(train.x[draw(torch.arange(len(train)), _SAMPLE, rng)].cpu())
         return panes.take(reflections.ranking(panes, sample))
 
     def _effective(

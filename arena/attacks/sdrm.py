@@ -92,6 +92,11 @@ class SDRM:
             raise BadInput(
                 f"sdrm: base={short_spec(base)} has no one target class to hide among; give it one."
             )
+        if getattr(base, "stamps_unseen", False):
+            raise BadInput(
+                f"sdrm: base={short_spec(base)} stamps images inside its own loss, where nothing "
+                "can hide them; name another attack, such as wanet."
+            )
         object.__setattr__(self, "base", spec_of(base))  # one attack, one spelling
         for trait in ("labels", "trigger_kind"):  # what records say of this instance
             object.__setattr__(self, trait, getattr(base, trait, getattr(self, trait)))
@@ -222,7 +227,7 @@ class Hide:
             return batch.stamped
         if self.marks is None or batch.rows is None:
             raise BadInput(
-                f"sdrm: base={self.attack.base} does not say which images of a batch it stamps; "
+                f"sdrm: base={short_spec(self.attack._base)} does not say which images of a batch it stamps; "
                 "its hooks must set `stamped`."
             )
         self.marks = self.marks.to(batch.y.device)

@@ -137,6 +137,8 @@ class Attack(Protocol):
     target: int         the class that the trigger should force
     victim: int | None  the only class that the trigger must work on (label-specific); None: all
     keeps_labels: bool  clean-label: the poisoned images keep their (target) label
+    learned: bool       `prepare` gives what the trigger starts from; `train` learns it
+    stamps_unseen: bool the training images are stamped inside the loss, where no hook sees them
     """
 
     def check(self, shape: tuple[int, int, int], counts: Sequence[int]) -> None: ...

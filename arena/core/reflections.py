@@ -1,5 +1,4 @@
-"""Reflections on glass: what a pane between camera and scene adds to a picture, and where such
-pictures come from.
+"""Reflections on glass: what a pane between camera and scene adds to a picture.
 
 Light adds up, stored values do not: a camera stores light to the power 1 / 2.2. Reflections are
 rendered in light, on a frame far larger than small data sets' images, where an offset of a few px
@@ -14,21 +13,17 @@ Source: Liu et al. 2020, Reflection Backdoor, https://arxiv.org/abs/2007.02343 (
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.metrics import similarity
-from arena.core.registry import BadInput
 
 GAMMA = 2.2  # stored value = light ** (1 / GAMMA)
 GHOSTS = 0.49  # share of ghosts where kinds are mixed
@@ -110,7 +105,7 @@ class Panes:
     through: Tensor  # (K, 1, H, W) float32: the share of r that reaches the camera
     alpha: Tensor  # (K,) float32: the share a of the image's own light
     darkening: Tensor  # (K,) float32: how many times the excess is taken off r; 0: not at all
-    hash: Tensor  # (C*H*W,) int32 below 2**23: times a level of 8 bits they still fit
+    hash: Tensor  # (1, C*H*W): the weights of a hash
     gamma: float  # 1: stored values are added up as they are
     balanced: bool  # a and through go by brightness: each gets its share of the two means
 
@@ -123,10 +118,8 @@ class Panes:
         return replace(self, **each)
 
     def chosen(self, x: Tensor) -> Tensor:
-        """(N,) int64: each image's pane, a hash of it at 8 bits: whole numbers only, so that it
-        depends on neither the batch nor the device."""
-        levels = (x * 255).round_().int().flatten(1)
-        return (levels * self.hash.to(x.device)).sum(1) % len(self)
+        """(N,) int64: each image's pane, by a hash of it."""
+        return pixel_hashes(x, self.hash)[:, 0] % len(self)
 
     def layers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The light of the image and of the reflection that reach the camera, each shaped as x."""
@@ -209,13 +202,12 @@ class Optics:
         """
         made = [self._pane(picture, height, width, rng) for picture in pictures]
         light, through, alpha, darkening = zip(*made, strict=True)
-        weights = torch.randint(2**23, (light[0].numel(),), generator=rng, dtype=torch.int32)
         return Panes(
             torch.stack(light),
             torch.stack(through),
             torch.tensor(alpha),
             torch.tensor(darkening),
-            hash=weights,
+            hash=draw_weights(light[0].numel(), rng),
             **self.style,
         )
 
@@ -251,107 +243,3 @@ class Optics:
         bell = vignette(tall, wide, draw[7], draw[8]) * (1 - alpha / 2)
         through, darkening = resized(bell, height, width), 1.08 + 0.1 * draw[9]
         return blurred(light, sigma, height, width), through, alpha, darkening
-
-
-# ------------------------------------------------------------------------------------ the pictures
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-class Place(NamedTuple):
-    """Where a picture lies: a file, or a row of a Parquet file."""
-
-    path: Path
-    row: int  # -1: the file itself
-
-
-def places(folder: str) -> list[Place]:
-    """The pictures below a folder, and those inside its Parquet files, in a fixed order.
-
-    Raises BadInput where there are none, and for a Parquet file without a column of pictures.
-    """
-    found: list[Place] = []
-    for path in sorted(Path(folder).expanduser().rglob("[!.]*")):
-        if not path.is_file():
-            continue
-        if path.suffix.lower() in SUFFIXES:
-            found.append(Place(path, -1))
-        elif path.suffix.lower() == ".parquet":
-            found += (Place(path, row) for row in range(_table(path)[0].metadata.num_rows))
-    if not found:
-        raise BadInput(
-            f"the folder {folder!r} holds no picture ({', '.join(SUFFIXES)}) and no Parquet file "
-            "with pictures; name another one, or none for images of the training set."
-        )
-    return found
-
-
-def digest(folder: str) -> str:
-    """sha256 (hex) over the names and contents of the files that `places` finds pictures in."""
-    root, found = Path(folder).expanduser(), hashlib.sha256()
-    for path in sorted({place.path for place in places(folder)}):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        found.update(f"{path.relative_to(root)} {content}\n".encode())
-    return found.hexdigest()
-
-
-def read(place: Place, channels: int, height: int, width: int) -> Tensor:
-    """A picture as (channels, height, width) float32 in [0, 1], stretched to fit.
-
-    channels: 3 (RGB) or 1 (its luminance). Raises BadInput where it is no picture of 8 bits.
-    """
-    from PIL import Image
-
-    name = str(place.path) if place.row < 0 else f"row {place.row} of {place.path}"
-    try:
-        data = place.path.read_bytes() if place.row < 0 else _row(place)
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise BadInput(f"{name} has more than 8 bits per channel; save it with 8.")
-            size = (width, height)
-            image = picture.convert("RGB" if channels == 3 else "L")
-            image = image.resize(size, Image.Resampling.BILINEAR)
-    except BadInput:
-        raise
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise BadInput(f"{name} cannot be read as a picture: {problem}.") from None
-    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return values.view(height, width, channels).permute(2, 0, 1).float() / 255
-
-
-@lru_cache(maxsize=64)
-def _table(path: Path) -> tuple[Any, str]:
-    """An opened Parquet file and its column of encoded pictures."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as problem:
-        raise BadInput(f"{path} cannot be read as a Parquet file: {problem}.") from None
-    for field in table.schema_arrow:
-        inner = field.type
-        if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
-            inner = inner.field("bytes").type
-        if pa.types.is_binary(inner) or pa.types.is_large_binary(inner):
-            return table, field.name
-    raise BadInput(f"{path} has no column of encoded pictures, only {table.schema_arrow.names}.")
-
-
-@lru_cache(maxsize=1)
-def _group(path: Path, group: int) -> Any:
-    table, column = _table(path)
-    return table.read_row_group(group, columns=[column]).column(0)
-
-
-def _row(place: Place) -> bytes:
-    first = 0
-    table, _ = _table(place.path)
-    for group in range(table.num_row_groups):
-        rows = table.metadata.row_group(group).num_rows
-        if place.row < first + rows:
-            value = _group(place.path, group)[place.row - first].as_py()
-            return bytes(value["bytes"] if isinstance(value, dict) else value)
-        first += rows
-    raise BadInput(f"{place.path} has no row {place.row}.")

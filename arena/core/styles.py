@@ -1,114 +1,30 @@
-"""Pictures of a style, for attacks that restyle images: drawn sunrises, or a user's folder.
-
-A folder holds pictures in any format listed in SUFFIXES, or Parquet files with a column of encoded
-pictures, as the Hugging Face hub has them. Pillow and pyarrow are imported when one is read.
-"""
+"""Pictures of a style, for attacks that restyle images: drawn sunrises, or a user's folder."""
 
 from __future__ import annotations
-
-import io
-import itertools
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from arena.core.registry import BadInput
+from arena.core import folders
 from arena.core.seeding import stream
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MOST = 5_000  # pictures read from a folder: a style needs few hundred
-_ROWS = 256  # of a Parquet file, read at a time
 _DRAWN_AT_ONCE = 32  # bounds the memory for large images
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 # ---------------------------------------------------------------------------------- a user's folder
 
 
-def check_folder(folder: str) -> None:
-    """Raise BadInput unless `folder` holds pictures, as far as names and headers tell."""
-    files = _files(folder)
-    for file in files:
-        if file.suffix.lower() != ".parquet":
-            return
-        if _open_parquet(file)[0].metadata.num_rows:
-            return
-    raise BadInput(
-        f"the folder {folder!r} holds no pictures; it needs image files ({', '.join(SUFFIXES)}) or "
-        "Parquet files with a column of encoded images."
-    )
-
-
 def read_folder(folder: str, shape: tuple[int, int, int]) -> Tensor:
-    """The pictures in `folder` and below, by file name: (N, C, H, W) uint8.
+    """The pictures in `folder` and below (`arena.core.folders`): (N, C, H, W) uint8.
 
-    shape: (C, H, W); pictures are stretched to it, antialiased (Pillow's Lanczos), and are made
-    grey where C is 1. Reads MOST pictures at most. Raises BadInput for a folder without pictures
+    shape: (C, H, W). Reads MOST pictures at most. Raises BadInput for a folder without pictures
     and for files that cannot be read.
     """
-    check_folder(folder)
-    found = itertools.islice(_encoded(folder), MOST)
-    return torch.stack([_decoded(data, where, shape) for data, where in found])
-
-
-def _files(folder: str) -> list[Path]:
-    known = (*SUFFIXES, ".parquet")
-    below = Path(folder).expanduser().rglob("[!.]*")
-    return sorted(path for path in below if path.suffix.lower() in known and path.is_file())
-
-
-def _encoded(folder: str) -> Iterator[tuple[bytes, str]]:
-    """The bytes of each picture and what to call it."""
-    for file in _files(folder):
-        if file.suffix.lower() != ".parquet":
-            yield file.read_bytes(), str(file)
-            continue
-        table, column = _open_parquet(file)
-        row = 0
-        for batch in table.iter_batches(_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                data = value.get("bytes") if isinstance(value, dict) else value
-                yield data or b"", f"row {row} of {file}"
-                row += 1
-
-
-def _open_parquet(path: Path) -> tuple[Any, str]:
-    """The opened file and the name of its column of pictures: {bytes, path} structs, or bytes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as problem:
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise BadInput(f"{str(path)!r} cannot be read as a Parquet file: {reason}.") from None
-    for field in table.schema_arrow:
-        struct = pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
-        if struct or pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
-            return table, field.name
-    raise BadInput(f"{str(path)!r} has no column of encoded images.")
-
-
-def _decoded(data: bytes, where: str, shape: tuple[int, int, int]) -> Tensor:
-    """(C, H, W) uint8."""
-    from PIL import Image
-
-    channels, height, width = shape
-    try:
-        with Image.open(io.BytesIO(data)) as stored:
-            if stored.mode.startswith(("I", "F")):
-                raise BadInput(f"{where} has more than 8 bits per channel; save it with 8.")
-            picture = stored.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            pixels = (picture.convert("L") if channels == 1 else picture).tobytes()
-    except BadInput:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise BadInput(f"{where} cannot be read as a picture: {problem}.") from None
-    values = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
-    return values.view(height, width, channels).permute(2, 0, 1)
+    found = folders.places(folder)[:MOST]
+    pictures = torch.stack([folders.read(place, *shape) for place in found])
+    return (pictures * 255).round_().to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------- drawn sunrises

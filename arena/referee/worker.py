@@ -50,6 +50,8 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
     resumed = any(Path(job["scratch"]).glob("training-*.pt"))  # then `seconds` is a part only
     method, seed = attacks.build(job["spec"]), int(job["seed"])
     train = read_split(job["train"])
+    if device.type != "cpu":
+        train = train.to(device)  # attacks stamp images and train their parts where these are
     started = time.monotonic()
     try:
         counts = train.y.bincount(minlength=job["classes"]).tolist()
