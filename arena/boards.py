@@ -12,6 +12,11 @@ A board's keys and the flags are the same words:
     recipe = "fast"
     clean_share = 0.05
 
+    [[published]]        # as often as wanted: what a paper reports, shown beside what was measured
+    attack = "patch"     # as in the list above
+    asr = 99.0           # percent; acc likewise
+    source = "paper, table, network"
+
 The clean twin (attack `none`) and the null defenses (`none`, `retrain`, `random_prune`) stand in
 every board, whether named or not.
 """
@@ -21,7 +26,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,16 @@ from arena.core.registry import BadInput, attacks, defenses, nearest, split_spec
 
 NULL_DEFENSES = ("none", "retrain", "random_prune")
 RECIPE_NAMES = ("smoke", "fast", "paper")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper reports about a victim before any defense, in its own setting."""
+
+    attack: str  # a spec of the board's list
+    source: str  # paper, table, network
+    acc: float | None = None  # percent
+    asr: float | None = None  # percent
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class Board:
     recipe: str = "fast"
     clean_share: float = 0.05  # the defender's clean images, as a share of the training set
     timeout: float | None = None  # seconds that one method may take; None: as long as it wants
+    published: tuple[Published, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", self.name):
@@ -65,6 +81,12 @@ class Board:
             raise BadInput(f"clean_share must lie in (0, 1], got {self.clean_share:g}.")
         if self.timeout is not None and not self.timeout > 0:
             raise BadInput(f"timeout must be above 0 seconds, got {self.timeout:g}.")
+        for figure in self.published:
+            if figure.attack not in self.attack:
+                raise BadInput(
+                    f"The board {self.name!r} has published figures for {figure.attack!r}, which "
+                    f"is not among its attacks; {nearest(figure.attack, self.attack)}."
+                )
         for seed in self.seed:
             if not 0 <= seed < 2**31:
                 raise BadInput(f"A seed lies between 0 and 2147483647, got {seed}.")
@@ -72,9 +94,9 @@ class Board:
     def definition(self) -> dict[str, Any]:
         """The board as JSON, without its name."""
         return {
-            f.name: list(value) if isinstance(value := getattr(self, f.name), tuple) else value
-            for f in fields(self)
-            if f.name != "name"
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name != "name"
         }
 
     def attacks(self) -> list[Any]:
@@ -128,8 +150,34 @@ def board_from(raw: Mapping[str, Any], where: str, default_name: str = "adhoc") 
     for key, value in raw.items():
         if key not in known:
             raise BadInput(f"{where}: there is no key {key!r}; {nearest(key, known)}.")
-        values[key] = _typed(key, value, str(known[key].type), where)
+        if key == "published":
+            values[key] = _published(value, where)
+        else:
+            values[key] = _typed(key, value, str(known[key].type), where)
     return Board(**values)
+
+
+def _published(value: Any, where: str) -> tuple[Published, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        raise BadInput(f"{where}: published figures are written as tables, [[published]].")
+    known = {f.name: str(f.type) for f in fields(Published)}
+    found = []
+    for each in value:
+        for key in each:
+            if key not in known:
+                raise BadInput(
+                    f"{where}: published figures have no key {key!r}; {nearest(key, known)}."
+                )
+        for key in ("attack", "source"):
+            if key not in each:
+                raise BadInput(f"{where}: published figures need the key {key!r}.")
+        given = {key: value for key, value in each.items() if value is not None}
+        figure = {key: _typed(key, value, known[key], where) for key, value in given.items()}
+        for key in ("acc", "asr"):
+            if not 0 <= figure.get(key, 0) <= 100:
+                raise BadInput(f"{where}: {key} is a percentage, got {figure[key]:g}.")
+        found.append(Published(**figure))
+    return tuple(found)
 
 
 def _typed(key: str, value: Any, kind: str, where: str) -> Any:

@@ -367,7 +367,7 @@ def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
     keys = {cell.key for cell in plan.cells}
     board = plan.board
     records = [r for r in board_records(store, board.name) if r["key"] in keys]
-    paths = _build(store, records, board.name, board.title, None)
+    paths = _build(store, records, board.name, None)
     rows = [flatten(record) for record in records]
     if as_json:
         print(json.dumps(rows, indent=1, allow_nan=False))
@@ -384,23 +384,23 @@ def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
     return 1 if summary.failed else 0
 
 
-def _build(
-    store: Store, records: list[dict[str, Any]], name: str, title: str, out: Path | None
-) -> list[Path]:
+def _build(store: Store, records: list[dict[str, Any]], name: str, out: Path | None) -> list[Path]:
     from arena.core.metric_list import METRICS
     from arena.gallery import pictures
     from arena.report.page import write_leaderboard
 
     if not records:
         raise BadInput(f"The board {name!r} has no finished cells yet; run it first.")
-    commands = {board["name"]: board["command"] for board in store.boards()}
+    [board] = [known for known in store.boards() if known["name"] == name][-1:]
+    definition = board["definition"]
     return write_leaderboard(
         records,
         pictures(store, records),
         out or store.root / "leaderboard" / name,
         [metric._asdict() for metric in METRICS],
-        title or f"Backdoor Arena: {name}",
-        commands.get(name, ""),
+        definition.get("title") or f"Backdoor Arena: {name}",
+        board["command"],
+        definition.get("published", ()),
     )
 
 
@@ -421,9 +421,9 @@ def leaderboard_build(
             f"{nearest(str(board), [b['name'] for b in opened.boards()])}."
         )
     for found in boards:
-        name, title = found["name"], found["definition"].get("title", "")
+        name = found["name"]
         folder = out / name if out and len(boards) > 1 else out
-        for path in _build(opened, board_records(opened, name), name, title, folder):
+        for path in _build(opened, board_records(opened, name), name, folder):
             print(path)
 
 

@@ -34,7 +34,15 @@ from arena import data as datasets
 from arena.boards import Board
 from arena.core import checks, models, training
 from arena.core.metric_list import der, wilson
-from arena.core.registry import BadInput, code_hash, nearest, registry_of, short_spec, spec_of
+from arena.core.registry import (
+    BadInput,
+    attacks,
+    code_hash,
+    nearest,
+    registry_of,
+    short_spec,
+    spec_of,
+)
 from arena.core.seeding import stream
 from arena.data import Dataset
 from arena.referee import isolate
@@ -718,11 +726,19 @@ class Runner:
                 {
                     "name": board.name,
                     "version": board.version,
-                    "definition": board.definition(),
+                    "definition": {**board.definition(), "published": _published(board)},
                     "command": self.command,
                     "cells": cells,
                 },
             )
+
+
+def _published(board: Board) -> list[dict[str, Any]]:
+    """The board's published figures under the full specs that records have."""
+    return [
+        dataclasses.asdict(figure) | {"attack": spec_of(attacks.build(figure.attack))}
+        for figure in board.published
+    ]
 
 
 @contextmanager

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from arena.boards import NULL_DEFENSES, QUICKSTART, Board, board_from, check_names, read_board
+from arena.boards import (
+    NULL_DEFENSES,
+    QUICKSTART,
+    Board,
+    Published,
+    board_from,
+    check_names,
+    read_board,
+)
 from arena.core.registry import BadInput, spec_of
 
 WHOLE = """
@@ -51,7 +59,11 @@ def test_a_board_without_a_name_has_its_folders(tmp_path: Path) -> None:
     assert read_board(write(tmp_path / "mine", "seed = 4")) == Board(name="mine", seed=(4,))
 
 
-@pytest.mark.parametrize("board", [QUICKSTART, Board(), Board(name="x", seed=(3, 1), timeout=2.5)])
+FIGURE = Published("blend", "a paper, table 1", asr=99.5)
+BOARDS = [QUICKSTART, Board(), Board(name="x", seed=(3, 1), timeout=2.5, published=(FIGURE,))]
+
+
+@pytest.mark.parametrize("board", BOARDS)
 def test_a_definition_makes_the_board_again(board: Board) -> None:
     raw = {key: value for key, value in board.definition().items() if value is not None}
     assert board_from(raw, "here", default_name=board.name) == board
@@ -72,6 +84,17 @@ def test_a_definition_makes_the_board_again(board: Board) -> None:
         ("clean_share = 0", r"clean_share must lie in \(0, 1\], got 0"),
         ("clean_share = 1.5", r"clean_share must lie in \(0, 1\], got 1.5"),
         ("clean_share = nan", r"clean_share must lie in \(0, 1\], got nan"),
+        ("published = 3", r"published figures are written as tables"),
+        ('[[published]]\nattack = "patch"', r"published figures need the key 'source'"),
+        ('[[published]]\natack = "patch"', r"published figures have no key 'atack'; did you mean"),
+        (
+            '[[published]]\nattack = "patc"\nsource = "x"',
+            r"published figures for 'patc', which is not among its attacks; did you mean 'patch'",
+        ),
+        (
+            '[[published]]\nattack = "patch"\nsource = "x"\nasr = 101',
+            r"asr is a percentage, got 101",
+        ),
         ("timeout = 0", r"timeout must be above 0 seconds, got 0"),
         ("timeout = nan", r"timeout must be above 0 seconds, got nan"),
         ('recipe = "fsat"', r"There is no recipe 'fsat'; did you mean 'fast'\?"),

@@ -214,6 +214,37 @@ def test_not_established_attacks_stand_apart(rows: list[dict]) -> None:
     assert attacks.loc["sig:target=0", "notes"] == "not established 2 of 2: ASR 0.40 is under 0.80"
 
 
+FIGURES = [
+    {"attack": "patch:target=0", "acc": 90.0, "asr": 100.0, "source": "a paper"},
+    {"attack": "sig:target=0", "acc": None, "asr": 93.3, "source": "another"},
+    {"attack": "wanet:target=0", "acc": 94.0, "asr": 99.5, "source": "of an attack not run"},
+]
+
+
+def test_published_figures_stand_beside_what_was_measured(rows: list[dict]) -> None:
+    lines = tables.published(rows, FIGURES).set_index("attack")
+    assert set(lines.index) == {"patch:target=0", "sig:target=0"}, "what was not run has no line"
+    patch, sig = lines.loc["patch:target=0"], lines.loc["sig:target=0"]
+    assert (patch["published_acc"], patch["published_asr"]) == (0.9, 1.0)
+    assert patch["asr_gap"] == pytest.approx(0.99 - 1.0)
+    assert sig["asr_gap"] == pytest.approx(0.99 - 0.933), "an attack not established has its line"
+    assert math.isnan(sig["published_acc"])
+    shown = tables.view(tables.published(rows, FIGURES))
+    assert {"ASR gap", "published ASR %", "source"} <= set(shown.headings)
+
+
+def test_pages_and_files_show_published_figures(tmp_path) -> None:
+    records = [record("patch", defense) for defense in DEFENSES]
+    write_leaderboard(records, PICTURES, tmp_path, published=FIGURES)
+    for name in ("index.html", "leaderboard.md"):
+        text = (tmp_path / name).read_text()
+        assert "Beside published figures" in text
+        assert "a paper" in text
+        assert "another" not in text
+    write_leaderboard(records, PICTURES, tmp_path)
+    assert "published figures" not in (tmp_path / "leaderboard.md").read_text()
+
+
 def test_a_weak_attack_moves_no_mean(rows: list[dict]) -> None:
     lucky = {"der": 1.0, "status": "ok"}  # whatever a defense says: the victim was none
     shifted = [

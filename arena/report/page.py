@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 Pictures = Mapping[str, Mapping[str, Any]]
+Figures = Sequence[Mapping[str, Any]]
 
 TITLE = "Backdoor leaderboard"
 SHADE_FULL = 0.2  # the ACC drop that is shaded darkest
@@ -83,6 +84,7 @@ class Section:
     leaderboard: tables.View
     matrix: Matrix
     attacks: tables.View
+    published: tables.View
     hiding: tables.View
     weak: tables.View
 
@@ -93,12 +95,14 @@ def build_page(
     metrics: Sequence[Mapping[str, str]] = (),
     title: str = TITLE,
     command: str = "",
+    published: Figures = (),
 ) -> str:
     """The leaderboard as one HTML page that requests nothing: styles, script, pictures inline.
 
     pictures: attack's short name -> {"images": [{"clean": png, "triggered": png, "difference":
     png, "label": text}], "caption": text, "psnr": dB}, the pngs as bytes.
     metrics: the definitions to print, each with "name", "definition", "unit" and "source".
+    published: what papers report, as of `tables.published`.
     The same records give the same bytes, in whatever order. Raises ValueError without records.
     """
     from jinja2 import Environment, StrictUndefined
@@ -114,7 +118,7 @@ def build_page(
     return environment.from_string(template).render(
         title=tables.clean_text(title),
         facts=_facts(chosen, rows, command),
-        sections=_sections(rows),
+        sections=_sections(rows, published),
         no_null=not any(row["null"] for row in rows),
         averaged=tables.AVERAGED,
         gallery=_gallery(rows, pictures),
@@ -134,6 +138,7 @@ def write_leaderboard(
     metrics: Sequence[Mapping[str, str]] = (),
     title: str = TITLE,
     command: str = "",
+    published: Figures = (),
 ) -> list[Path]:
     """Write a leaderboard's files into `out_dir` and return their paths.
 
@@ -148,13 +153,13 @@ def write_leaderboard(
     import pandas as pd
 
     chosen = _unique(records)
-    page = build_page(chosen, pictures, metrics=metrics, title=title, command=command)
+    page = build_page(chosen, pictures, metrics, title, command, published)
     rows = [flatten(record) for record in chosen]
     everything = [
         frame for frame in (tables.cells(rows), tables.not_established(rows)) if len(frame)
     ]
     contents = {
-        "leaderboard.md": _markdown(rows, metrics, title, command),
+        "leaderboard.md": _markdown(rows, metrics, title, command, published),
         "leaderboard.csv": tables.render(pd.concat(everything), "csv"),
         "results.json": tables.render(tables.current(rows), "json"),
         "leaderboard.tex": _latex(rows),
@@ -202,7 +207,7 @@ def _place(row: Row) -> tuple[Any, ...]:
 # ------------------------------------------------------------------------------------- sections
 
 
-def _sections(rows: list[Row]) -> list[Section]:
+def _sections(rows: list[Row], published: Figures) -> list[Section]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in tables.current(rows):
         groups.setdefault(tuple(row[name] for name in CONTEXT), []).append(row)
@@ -212,6 +217,7 @@ def _sections(rows: list[Row]) -> list[Section]:
             leaderboard=tables.view(tables.leaderboard(group)),
             matrix=_matrix(group),
             attacks=tables.view(tables.attacks(group)),
+            published=tables.view(tables.published(group, published)),
             hiding=tables.view(tables.hiding(group)),
             weak=tables.view(tables.not_established(group)[[*tables.WEAK_VIEW]]),
         )
@@ -405,7 +411,11 @@ def _flat(value: Any) -> str:
 
 
 def _markdown(
-    rows: list[Row], metrics: Sequence[Mapping[str, str]], title: str, command: str
+    rows: list[Row],
+    metrics: Sequence[Mapping[str, str]],
+    title: str,
+    command: str,
+    published: Figures,
 ) -> str:
     parts = [f"# {tables.escape_markdown(title)}\n"]
     if command:
@@ -414,6 +424,7 @@ def _markdown(
     parts.append(str(tables.render(tables.leaderboard(rows), "md")))
     for heading, frame in (
         ("Attacks", tables.attacks(rows)),
+        ("Beside published figures", tables.published(rows, published)),
         ("How far stamped images are from the target class (MMD²)", tables.hiding(rows)),
         (
             "Attack not established: shown, not ranked",

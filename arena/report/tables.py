@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from .rows import BUDGET, COLUMNS, CONTEXT, INTERVALS, LEVELS, METRICS, Row
+from .rows import BUDGET, COLUMNS, CONTEXT, INTERVALS, LEVELS, METRICS, Row, number
 from .statistics import Summary, over_attacks, summarise
 
 if TYPE_CHECKING:
@@ -247,6 +247,28 @@ def hiding(rows: Iterable[Row]) -> pd.DataFrame:
     return _frame(lines, (*CONTEXT, "attack", "level", *kinds, "seeds", "attack_short"))
 
 
+def published(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """One line per attack that has a published figure: what was measured, and how far it is off.
+
+    figures: each with "attack" (the full spec), "source", and "acc", "asr" in percent or None.
+    `asr_gap` is the measured ASR less the published one.
+    """
+    known = {figure["attack"]: figure for figure in figures}
+    lines: list[Row] = []
+    for line in _records(attacks(rows)):
+        if (figure := known.get(line["attack"])) is None:
+            continue
+        for name in ("acc", "asr"):
+            value = number(figure.get(name))
+            line[f"published_{name}"] = None if value is None else value / 100
+        pair = line["asr_before"], line["published_asr"]
+        line["asr_gap"] = None if None in pair else pair[0] - pair[1]
+        lines.append(line | {"source": figure["source"]})
+    columns = (*CONTEXT, "attack", *_paired(("asr_before",)), "published_asr", "asr_gap")
+    columns += ("clean_twin_asr", *_paired(("acc_before",)), "clean_twin_acc", "published_acc")
+    return _frame(lines, (*columns, "seeds", "source", "attack_short"))
+
+
 def failures(rows: Iterable[Row]) -> pd.DataFrame:
     """Every cell that collapsed, failed, timed out or did not apply, with the reason."""
     fields = (*CONTEXT, "attack", "defense", "seed", "status", "reason", "key", *_SHORTS)
@@ -295,7 +317,7 @@ def _last(value: float | None, sign: int) -> tuple[bool, float]:
     return value is None, 0.0 if value is None else sign * value
 
 
-_FLOATS = {*METRICS, *INTERVALS, *BUDGET}
+_FLOATS = {*METRICS, *INTERVALS, *BUDGET, "published_acc", "published_asr", "asr_gap"}
 
 
 def _frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
@@ -326,13 +348,16 @@ _PERCENT = {
     "asr_before": "ASR %",
     "clean_twin_acc": "twin ACC %",
     "clean_twin_asr": "twin to target %",
+    "published_acc": "published ACC %",
+    "published_asr": "published ASR %",
+    "asr_gap": "ASR gap",
 }
 _STEALTH = ("psnr", "ssim", "l2", "linf")  # properties of the trigger: shown without their sd
 _MMD = {"mmd_stamped": "stamped", "mmd_intra": "same class", "mmd_inter": "nearest other class"}
 _DIGITS = {"psnr": 1, "ssim": 3, "l2": 2, "linf": 3, "seconds": 1, **dict.fromkeys(_MMD, 3)}
 _HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "l2": "L2", "linf": "L∞", **_MMD}
 _COUNTS = ("attacks", "seeds", "seed")
-_TEXTS = ("threat", "attack", "level", "defense", "status", "flags", "reason", "notes")
+_TEXTS = ("threat", "attack", "level", "defense", "status", "flags", "reason", "notes", "source")
 _ROW_VIEW = (
     *("attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds"),
     *("status", "flags", "reason"),
