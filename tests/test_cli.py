@@ -169,7 +169,7 @@ BAD_BOARDS = {
     "name": ("name = 'A board'", "'A board'"),
     "version": ("version = 0", "version", "0"),
     "nothing": ("attack = []", "attack"),
-    "method": ("attack = ['blned']", "'blned'", "'blend'"),
+    "method": ("attack = ['blendd']", "'blendd'", "'blend'"),
     "recipe": ("recipe = 'papr'", "'papr'", "'paper'"),
 }
 
