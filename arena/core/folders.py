@@ -80,9 +80,13 @@ def read(place: Place, channels: int, height: int, width: int) -> Tensor:
     return values.view(height, width, channels).permute(2, 0, 1).float() / 255
 
 
-@lru_cache(maxsize=64)
 def _table(path: Path) -> tuple[Any, str]:
     """An opened Parquet file and its column of encoded pictures."""
+    return _opened(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _opened(path: Path, changed: int) -> tuple[Any, str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -102,18 +106,18 @@ def _table(path: Path) -> tuple[Any, str]:
 
 
 @lru_cache(maxsize=1)
-def _group(path: Path, group: int) -> Any:
+def _group(path: Path, changed: int, group: int) -> Any:
     table, column = _table(path)
     return table.read_row_group(group, columns=[column]).column(0)
 
 
 def _row(place: Place) -> bytes:
-    first = 0
+    first, changed = 0, place.path.stat().st_mtime_ns
     table, _ = _table(place.path)
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
         if place.row < first + rows:
-            value = _group(place.path, group)[place.row - first].as_py()
+            value = _group(place.path, changed, group)[place.row - first].as_py()
             return bytes(value["bytes"] if isinstance(value, dict) else value)
         first += rows
     raise BadInput(f"{place.path} has no row {place.row}.")
