@@ -388,6 +388,14 @@ def cell(record: Mapping[str, Any]) -> str:
             "MMD² to clean target-class features, before any defense (stamped images, the class "
             f"itself, the nearest other class)\n{_facts(said)}"
         )
+    if parts := record.get("parts"):
+        said = {
+            part["name"]: ", ".join(
+                [*(f"{k.replace('_', ' ')} {_number(v)}" for k, v in part["figures"].items()), key]
+            )
+            for key, part in parts.items()
+        }
+        blocks.append(f"Trained parts, on images held out\n{_facts(said)}")
     if flags := record.get("flags"):
         marks = {f["name"]: f"{f['meaning']} Remedy: {f['remedy']}" for f in flags}
         blocks.append(f"Flags\n{_facts(marks)}")

@@ -33,7 +33,8 @@ class Maker:
 
     def __call__(self, rng: Generator, checkpoint: Checkpoint | None) -> Mapping[str, Tensor]:
         self.calls += 1
-        return {"weight": torch.rand(3, generator=rng)}
+        figure = {"figure.bit_accuracy": torch.tensor(0.75)}
+        return {"weight": torch.rand(3, generator=rng), **figure}
 
 
 def test_a_part_is_made_once_and_found_again(tmp_path: Path, data: Images) -> None:
@@ -43,9 +44,11 @@ def test_a_part_is_made_once_and_found_again(tmp_path: Path, data: Images) -> No
         two = parts.trained("gan", {"steps": 5}, data, make)
     assert make.calls == 1
     assert torch.equal(one["weight"], two["weight"])
-    assert list(keeper.used.values()) == ["gan"]
-    with parts.kept(StoreKeeper(Store(tmp_path))):  # another process, later
+    assert list(keeper.used.values()) == [{"name": "gan", "figures": {"bit_accuracy": 0.75}}]
+    later = StoreKeeper(Store(tmp_path))  # of another process
+    with parts.kept(later):
         assert torch.equal(parts.trained("gan", {"steps": 5}, data, make)["weight"], one["weight"])
+    assert later.used == keeper.used
     assert make.calls == 1
 
 

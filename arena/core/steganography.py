@@ -129,9 +129,12 @@ def steganograph(train: Images, plan: Plan) -> Steganograph:
     shape = (train.x.shape[1], train.x.shape[2], train.x.shape[3])
 
     def make(rng: Generator, checkpoint: training.Checkpoint | None) -> Mapping[str, Tensor]:
-        return fitted(train, plan, rng, checkpoint).state_dict()
+        pair = fitted(train, plan, rng, checkpoint)
+        accuracy, ratio = pair.figures
+        return {**pair.state_dict(), "figure.bit_accuracy": accuracy, "figure.psnr": ratio}
 
     part = parts.trained("encoder", asdict(plan), train, make)
+    part = {name: value for name, value in part.items() if not name.startswith("figure.")}
     pair = Steganograph(shape, plan.bits)
     pair.load_state_dict(part)
     accuracy, ratio = pair.figures.tolist()

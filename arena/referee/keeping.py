@@ -47,7 +47,7 @@ class StoreKeeper:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.used: dict[str, str] = {}  # key -> name of every part handed out
+        self.used: dict[str, dict[str, Any]] = {}  # every part handed out: its name and figures
 
     def keep(
         self,
@@ -56,7 +56,6 @@ class StoreKeeper:
         make: Callable[[Checkpoint | None], Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
         name = str(label["name"])
-        self.used[key] = name
         self.store.create()
         lock = self.store.lock(key)
         try:
@@ -72,6 +71,14 @@ class StoreKeeper:
                 meta = {"kind": "part", **label, "seconds": seconds}
                 found = self.store.save(key, {"part": made}, meta)
                 self.store.clear_scratch(key)
-            return found.tensors("part")
+            tensors = found.tensors("part")
+            self.used[key] = {"name": name, "figures": figures_of(tensors)}
+            return tensors
         finally:
             lock.release()
+
+
+def figures_of(part: Mapping[str, Tensor]) -> dict[str, float]:
+    """What a part says of itself on images held out: its scalars called `figure.NAME`."""
+    marked = {name: value for name, value in part.items() if name.startswith("figure.")}
+    return {name.partition(".")[2]: float(value) for name, value in marked.items()}
