@@ -15,6 +15,14 @@ def test_a_hash_is_the_weighted_sum_of_levels() -> None:
     ]
 
 
+def test_floats_beside_a_level_count_as_that_level() -> None:
+    levels = torch.randint(0, 256, (4, 3, 8, 8), generator=stream(0)).float()
+    weights = draw_weights(3 * 8 * 8, stream(1))
+    exact = pixel_hashes(levels / 255, weights)
+    for off in (-0.4, 0.4):
+        assert torch.equal(pixel_hashes((levels + off).clamp(0, 255) / 255, weights), exact)
+
+
 def test_hashes_of_large_images_are_exact_alone_and_in_a_batch() -> None:
     levels = torch.randint(200, 256, (3, 3, 224, 224), generator=stream(0))
     weights = draw_weights(3 * 224 * 224, stream(1), 2)
