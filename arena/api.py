@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from arena.core import metrics, models, poisoning, training
+from arena.core import metrics, poisoning, training
 from arena.core.contracts import ControlsTraining, Poisoned, Trigger
 from arena.core.models import Classifier
+from arena.core.recipes import recipe_for
 from arena.core.registry import attacks, defenses, spec_of
 from arena.core.seeding import stream
 from arena.core.victims import bound
@@ -60,7 +61,7 @@ def train(
     method.check(data.shape, data.counts)
     trigger = method.prepare(data.train, stream(seed, "prepare"))
     poisoned = method.poison(data.train, trigger, stream(seed, "poison"))
-    plan = training.recipe(recipe, models.info(model).overrides.get(recipe))
+    plan = recipe_for(recipe, model)
     fit = bound(model, data.num_classes, data.shape, plan, seed, where)
     if isinstance(method, ControlsTraining):
         made, trigger = method.train(fit, poisoned, trigger, stream(seed, "fit"))

@@ -58,7 +58,7 @@ class Board:
     attack: tuple[str, ...] = ("patch", "blend")
     defense: tuple[str, ...] = ("finetune", "fine_pruning")
     seed: tuple[int, ...] = (0,)
-    recipe: str = "fast"
+    recipe: str = "fast"  # or with fields of its own: fast:epochs=20
     clean_share: float = 0.05  # the defender's clean images, as a share of the training set
     timeout: float | None = None  # seconds that one method may take; None: as long as it wants
     published: tuple[Published, ...] = ()
@@ -73,10 +73,8 @@ class Board:
         for key in ("dataset", "model", "attack", "defense", "seed"):
             if not getattr(self, key):
                 raise BadInput(f"The board {self.name!r} names no {key}.")
-        if self.recipe not in RECIPE_NAMES:
-            raise BadInput(
-                f"There is no recipe {self.recipe!r}; {nearest(self.recipe, RECIPE_NAMES)}."
-            )
+        if (recipe := split_spec(self.recipe)[0]) not in RECIPE_NAMES:
+            raise BadInput(f"There is no recipe {recipe!r}; {nearest(recipe, RECIPE_NAMES)}.")
         if not 0 < self.clean_share <= 1:
             raise BadInput(f"clean_share must lie in (0, 1], got {self.clean_share:g}.")
         if self.timeout is not None and not self.timeout > 0:

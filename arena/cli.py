@@ -143,7 +143,9 @@ def run(
     seed: Annotated[
         list[int] | None, typer.Option("--seed", "-s", help="A seed; may be repeated.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="smoke, fast or paper; fields: fast:epochs=20.")
+    ] = None,
     clean_share: Annotated[
         float | None, typer.Option(help="The defender's share of the training set, in (0, 1].")
     ] = None,

@@ -34,6 +34,7 @@ from arena import data as datasets
 from arena.boards import Board
 from arena.core import checks, models, training
 from arena.core.metric_list import der, wilson
+from arena.core.recipes import recipe_for
 from arena.core.registry import (
     BadInput,
     attacks,
@@ -185,7 +186,7 @@ def make_setting(dataset: Dataset, model: str, recipe: str) -> Setting:
         dataset=dataset,
         model=model,
         recipe=recipe,
-        plan=training.recipe(recipe, models.info(model).overrides.get(recipe)),
+        plan=recipe_for(recipe, model),
         flops=_flops(network, dataset.shape),
         weights_bytes=sum(v.numel() * v.element_size() for v in network.state_dict().values()),
     )

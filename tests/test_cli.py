@@ -92,6 +92,8 @@ BAD = {
     "file in a field": (("run", "-a", "patch:kind=image,image=no.png"), "image", "'no.png'"),
     "two fields": (("run", "-a", "patch:mode=all_to_all,victim=1"), "victim"),
     "recipe": (("run", "--recipe", "fst"), "'fst'", "'fast'"),
+    "recipe field": (("run", *TINY, "--recipe", "fast:epoch=20"), "'epoch'", "'epochs'"),
+    "recipe value": (("run", *TINY, "--recipe", "fast:epochs=0"), "epochs", "at least 1", "got 0"),
     "clean share": (("run", "--clean-share", "1.5"), "clean_share", "(0, 1]", "1.5"),
     "timeout": (("run", "--timeout", "0"), "timeout", "above 0"),
     "seed word": (("run", "-s", "one"), "--seed", "integer", "'one'"),

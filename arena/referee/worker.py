@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from arena.core import metrics, models, parts, poisoning, training
 from arena.core.contracts import ControlsTraining, Images, Trigger
 from arena.core.mmd import mmd_report
+from arena.core.recipes import recipe_for
 from arena.core.registry import BadInput, attacks, defenses
 from arena.core.seeding import stream
 from arena.core.triggers import tensors_of
@@ -59,7 +60,7 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
     except BadInput as error:
         raise Refused(str(error)) from error
     shape, classes = tuple(job["shape"]), int(job["classes"])
-    plan = training.recipe(job["recipe"], models.info(job["model"]).overrides.get(job["recipe"]))
+    plan = recipe_for(job["recipe"], job["model"])
     checkpoints = partial(_checkpoint, Path(job["scratch"]))
     fit = bound(job["model"], classes, shape, plan, seed, device, checkpoints)
     keeper = StoreKeeper(Store(job["store"]))
