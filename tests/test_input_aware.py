@@ -223,7 +223,7 @@ def test_the_weight_of_the_diversity_and_the_falling_rate():
 
 def test_masks_come_near_the_density_asked_for_and_differ(monkeypatch):
     monkeypatch.setattr(input_aware, "_MASK_BATCH", 32)
-    attack, data = InputAware(mask_updates=120, diversity=0.2), small(200)
+    attack, data = InputAware(mask_updates=120, diversity=0.02), small(200)
 
     def masks(attack: InputAware) -> tuple[float, float]:
         """Their mean, and how far those of two images are apart at one pixel at least."""
@@ -234,13 +234,14 @@ def test_masks_come_near_the_density_asked_for_and_differ(monkeypatch):
         apart = (found[:20] - found[20:]).abs().amax((1, 2, 3))
         return float(found.mean()), float(apart.median())
 
-    density, apart = masks(attack)
-    assert 0.01 < density < 0.2  # they start at a half; rounding differs between machines
-    assert apart > 0.3
-    denser, _ = masks(replace(attack, mask_density=0.4, mask_updates=60))
-    assert 1.5 * density < denser < 0.5
-    sparser, alike = masks(replace(attack, diversity=0.0, mask_updates=40))
-    assert sparser < density
+    # short trainings differ with the number of threads: the bounds are wide, the effects wider
+    density, _ = masks(attack)
+    assert 0.005 < density < 0.12  # they start at a half
+    denser, _ = masks(replace(attack, mask_density=0.4))
+    assert 1.8 * density < denser < 0.5
+    _, apart = masks(replace(attack, diversity=0.2))
+    assert apart > 0.25
+    _, alike = masks(replace(attack, diversity=0.0, mask_updates=40))
     assert alike < 0.05
 
 
