@@ -19,14 +19,13 @@ Departs: neurons are looked for in the outputs of the model's three feature leve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from arena.core.adversarial import frozen
 from arena.core.contracts import Images
 from arena.core.features import features
 from arena.core.metrics import similarity
@@ -205,18 +204,6 @@ def _look(model: Classifier, neuron: Neuron, x: Tensor) -> tuple[Tensor, Tensor]
     finally:
         hook.remove()
     return _means(seen[0]), out
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's weights take no gradient; afterwards they do as before."""
-    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight, flag in flags:
-            weight.requires_grad_(flag)
 
 
 # ---------------------------------------------------------------------------------- one round
