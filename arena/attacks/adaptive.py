@@ -17,7 +17,8 @@ Departs: the paper is one paragraph long, all below is an assumption. The patter
     update, with the weights as they are, from the outputs of the very pass that trains the network
     (batch statistics in training mode); their rate falls linearly to 0, so that the network
     settles on the final trigger. The same images are poisoned throughout. They are stamped after
-    augmentation: the trigger sits as it does at test time. Network and epochs are the recipe's.
+    augmentation: the trigger sits as it does at test time, and the sum is rounded to 8 bits as it
+    is then. Network and epochs are the recipe's.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from arena.core.contracts import Fit, Images, Poisoned, Step, Trigger
 from arena.core.poisoning import check_classes, check_rate, dirty_label, scope
 from arena.core.registry import method, param
+from arena.core.triggers import Add, rounded
 
 _START = 8 / 255  # the pattern starts as uniform noise of this height
 
@@ -95,7 +97,7 @@ class Adaptive:
         data, classes = poisoned.data, int(poisoned.data.y.max()) + 1
         marks = torch.zeros(len(data), dtype=torch.bool, device=data.y.device)
         marks[poisoned.rows] = True
-        patterns = Patterns(trigger.stamp.pattern, classes)
+        patterns = Patterns(trigger.stamp.change, classes)
         game = Game(self, marks, patterns, torch.optim.Adam(patterns.learned(self), lr=self.lr))
         model = fit(
             data,
@@ -139,7 +141,7 @@ class Game:
         added = stamped[:, None, None, None] * self.patterns.trigger
         if self.attack.harden != "none":
             added = added + self._universal(batch, stamped, rng)
-        x = (batch.x + added).clamp(0, 1).contiguous(memory_format=torch.channels_last)
+        x = rounded((batch.x + added).clamp(0, 1)).contiguous(memory_format=torch.channels_last)
         return replace(batch, x=x, stamped=stamped)
 
     def _universal(self, batch: Images, stamped: Tensor, rng: Generator) -> Tensor:
@@ -192,13 +194,3 @@ def _size(patterns: Tensor) -> Tensor:
     """Mean over patterns (K, C, H, W) of their root mean square."""
     flat = patterns.flatten(1)
     return torch.linalg.vector_norm(flat, dim=1).mean() / flat.shape[1] ** 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class Add:
-    """The image map x + pattern, clipped to [0, 1]."""
-
-    pattern: Tensor  # (C, H, W) float32, in brightness
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x + self.pattern.to(x.device)).clamp_(0, 1)

@@ -10,15 +10,14 @@ Departs: the grids stand in all four corners, as the paper has them for training
     (the arena always augments); its code's default is corners=bottom_right, without augmentation.
     Upper grids are copies of the lower ones, as in that code. DECK speaks of a 2x2 grid at the top
     left, which its reference does not have: corners=top_left,size=2 takes four pixels of the 3x3
-    one. The surrogate is a small network, trained adversarially for few epochs with few PGD steps,
-    always in L-inf. Perturbed images are rounded to 8 bits towards the originals, so that the bound
+    one. The surrogate is a small network, trained adversarially for few epochs with examples of one
+    step, always in L-inf. Perturbed images are rounded to 8 bits towards the originals, so that the bound
     still holds. The paper's second way to make images hard, through a GAN, is not offered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -29,6 +28,7 @@ from arena.core.contracts import Images, Poisoned, Trigger
 from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.registry import BadInput, method, param
+from arena.core.triggers import Add
 
 _CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")
 _GRID = ((-1, -1, 1), (-1, 1, -1), (1, -1, 1))  # at the right; those at the left are mirrored
@@ -88,8 +88,8 @@ class CleanLabel:
         high=255,
         source="255; Turner et al. also less, such as 32",
     )
-    surrogate: str = param("fastnet", "network on which the images are perturbed")
-    surrogate_epochs: int = param(7, "passes over the data in its training", low=1)
+    surrogate: str = param("resnet20", "network on which the images are perturbed")
+    surrogate_epochs: int = param(5, "passes over the data in its training", low=1)
     surrogate_updates: int = param(
         300, "least number of updates in its training: small sets get more passes", low=1
     )
@@ -97,7 +97,7 @@ class CleanLabel:
         8.0, "L-inf radius of the examples that it is trained on, in 1/255", above=0
     )
     surrogate_steps: int = param(
-        2, "PGD steps per example that it is trained on; 0: it is trained on plain images", low=0
+        1, "steps per example that it is trained on; 0: it is trained on plain images", low=0
     )
 
     @property
@@ -118,7 +118,7 @@ class CleanLabel:
 
     def prepare(self, train: Images, rng: Generator) -> Trigger:
         height, width = train.x.shape[2:]
-        return Trigger(Shift(self._signs(height, width) * (self.amplitude / 255)))
+        return Trigger(Add(self._signs(height, width) * (self.amplitude / 255)))
 
     def poison(self, train: Images, trigger: Trigger, rng: Generator) -> Poisoned:
         if not self.steps:
@@ -168,13 +168,3 @@ class CleanLabel:
             eps=self.surrogate_eps / 255 if self.surrogate_steps else 0.0,
             steps=self.surrogate_steps,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Shift:
-    """The image map that adds the grids and clips."""
-
-    grids: Tensor  # (1, H, W) float32 in [-1, 1], 0 outside the corners
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x + self.grids.to(x.device)).clamp_(0, 1)

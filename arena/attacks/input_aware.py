@@ -11,7 +11,8 @@ Departs: one network for all sizes (the authors' for MNIST is smaller). A cross-
     the arena's recipe (theirs: rate 0.01, 600 epochs); the rate of the pattern generator falls at
     the same shares of the run. The mask generator belongs to the data and its settings, so that
     all seeds share it; it sees images as they are stored, not augmented, for 1,000 updates instead
-    of 25 epochs (9,800 on CIFAR-10). The probe takes the trigger of one of 64 training images.
+    of 25 epochs (9,800 on CIFAR-10). Stamped images are rounded to 8 bits in training, as at test
+    time. The probe takes the trigger of one of 64 training images.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from arena.core.progress import report
 from arena.core.registry import BadInput, method, param
 from arena.core.seeding import draw_seed, seeded_globals, stream
 from arena.core.training import Checkpoint, autocast, to_float
+from arena.core.triggers import rounded
 
 _BETAS = (0.5, 0.9)  # Adam's, for both generators
 _DROPS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # shares of the run at which the rate is divided by ten …
@@ -187,7 +189,7 @@ class Joint:
             patterns, masks = self.pattern(shown), sharpened(self.mask(shown))
         pairs = min(own, len(others))
         self.close = closeness(x[:pairs], others[:pairs], patterns[:pairs], patterns[own:][:pairs])
-        stamped = torch.lerp(x[: own + lent], patterns, masks).clamp(0, 1)
+        stamped = rounded(torch.lerp(x[: own + lent], patterns, masks).clamp(0, 1))
         aims = wanted(self.attack, y[:own], self.classes)
         flags = torch.arange(n, device=y.device) < own
         x, y = torch.cat([stamped, x[own + lent :]]), torch.cat([aims, y[own:]])

@@ -30,6 +30,7 @@ from arena.core import adversarial, perturbation, steganography
 from arena.core.contracts import Images, Poisoned, Trigger
 from arena.core.poisoning import check_classes, check_rate, dirty_label, scope
 from arena.core.registry import BadInput, method, param
+from arena.core.triggers import Add
 
 _ONLY_FOR = {
     "bits": "encoder",
@@ -192,13 +193,3 @@ class Hide:
         with torch.autocast(x.device.type, enabled=False):  # else a batch would round otherwise
             residual = encoder(x, secret)
         return (x + residual).clamp_(0, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Add:
-    """The image map that adds one change and clips."""
-
-    change: Tensor  # (C, H, W) float32 in [-1, 1]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x + self.change.to(x.device)).clamp_(0, 1)

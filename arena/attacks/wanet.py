@@ -11,8 +11,9 @@ Departs: the augmentation is the recipe's. The official code also turns half of 
     with probability 0.8 and trains 1,000 epochs. Images to warp are drawn from the batch, which is
     shuffled anyway; the code takes the first. It keeps the best epoch by the test set, which no
     method of the arena sees. Its success rate counts images of the target class, the arena's none.
-    Warped test images are rounded to 8 bits, those of the training are not. Points between pixels
-    are found in coordinates that make the identity exact.
+    Warped images are rounded to 8 bits, in training as at test time; the code never rounds, and its
+    networks may tell warped images by values between the levels. Points between pixels are found in
+    coordinates that make the identity exact.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 from arena.core.contracts import Fit, Images, Poisoned, Probe, Trigger
 from arena.core.poisoning import check_classes, scope, wanted
 from arena.core.registry import BadInput, method, param
+from arena.core.triggers import rounded
 
 _PROBES = 16  # noise grids that test images are shared out to
 
@@ -132,8 +134,8 @@ class WaNet:
         jitter = _jitter(noisy, batch.x.shape[2], batch.x.shape[3], rng).to(device)
         warped, crossed = chosen[:count], chosen[count:]
         x, y = batch.x.clone(), batch.y.clone()
-        x[warped] = warp(batch.x[warped])
-        x[crossed] = sample(batch.x[crossed], warp.grid(jitter))
+        x[warped] = rounded(warp(batch.x[warped]))
+        x[crossed] = rounded(sample(batch.x[crossed], warp.grid(jitter)))
         y[warped] = wanted(self, batch.y[warped], classes)
         stamped = torch.zeros(size, dtype=torch.bool, device=device)
         stamped[warped] = True

@@ -1,13 +1,34 @@
-"""What a trigger is made of: the tensors that an attack drew or learned, by name."""
+"""What triggers are made of: what several attacks share, and the tensors inside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 from torch import Tensor, nn
 
 from arena.core.contracts import Trigger
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """The image map clip(x + change), the same change on every image."""
+
+    change: Tensor  # (C, H, W) float32 in [-1, 1]; C may be 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x + self.change.to(x.device)).clamp_(0, 1)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Floats in [0, 1] at the levels of 8 bits that images are stored with; the gradient is that of
+    `x`.
+
+    Stamps made inside training need it: without, networks learn to tell triggered images by the
+    values between the levels, which rounding takes away (WaNet on CIFAR-10, fastnet, 20 epochs: ASR
+    98 % before rounding, 34 % after).
+    """
+    return (x.detach() * 255).round_().div_(255) + (x - x.detach())
 
 
 def tensors_of(trigger: Trigger) -> dict[str, Tensor]:
