@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "arena"
 FILES = sorted(path for path in ROOT.rglob("*.py"))
-METHODS = [p for p in FILES if p.parent.name in ("attacks", "defenses") and p.stem != "__init__"]
+METHODS = [p for p in FILES if p.parent.name in ("attacks", "defenses", "inversions") and p.stem != "__init__"]
 LONG = {"patch": 350}  # five kinds of patch in one method
 MOST_LINES = 260
 
@@ -73,6 +73,7 @@ def is_of(name: str, room: str) -> bool:
         ("core", ["arena.core"]),
         ("attacks", ["arena.core"]),
         ("defenses", ["arena.core"]),
+        ("inversions", ["arena.core"]),
         ("data", ["arena.core", "arena.data"]),
         ("store", ["arena.core.registry"]),
         ("boards", ["arena.core.registry"]),

@@ -1,0 +1,1 @@
+"""Trigger inversion: the engine, frozen networks to run it on, and what is made of its answers."""

@@ -1,0 +1,461 @@
+"""The engine: many inversion problems at once, each as if it were alone.
+
+A problem asks for the smallest trigger of a family that sends images of a victim class (or of all
+classes but the target) to the target. As many problems as fit into memory advance together: one
+pass through the frozen network serves all of them, but each has its own images, order, variables,
+optimiser state, weight on the size, best trigger so far, and end. A problem that ends leaves the
+batch and a waiting one takes its place. All draws of a problem come from its own stream, so that
+its answer does not depend on what else was asked.
+
+Source: Wang et al. 2019, Neural Cleanse (the weight on the size follows the success); the settings
+    of MOTH (Tao et al. 2022) and of its published code: rates, patience, restarts from best.
+Departs: passes over 100 images are made in equal parts of 25, not 32, 32, 32 and 4. In published
+    code a trigger counts as successful by the images that its predecessors flipped during a pass;
+    here the best one is tried on all images every tenth pass, and given up if it falls short.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from arena.core import training
+from arena.core.contracts import Images
+from arena.core.inversion.frozen import Frozen, bytes_per_image
+from arena.core.progress import report
+from arena.core.registry import BadInput
+from arena.core.seeding import stream
+from arena.core.training import Checkpoint
+
+State = dict[str, Tensor]  # name -> (K, …): of each of K problems
+
+_ORDERS = 16  # orders of its images that a problem goes through in turn
+_NUDGES = 8  # draws of noise around a best trigger that a problem goes through in turn
+_LOOK = 10  # passes between two looks at who has ended: each look waits for the device
+_SAVE = 30.0  # seconds between two checkpoints
+_CPU_IMAGES = 300  # images in flight on a CPU: more buy nothing there
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """A trigger that sends `victim` (None: every class but the target) to `target`."""
+
+    victim: int | None
+    target: int
+    restart: int = 0  # the same problem with other draws
+
+
+class Family(Protocol):
+    """A family of triggers: subclass it. Its functions are pure and serve K problems at once.
+
+    Variables are named tensors, (K, …) each; `begin` makes those of one problem, without the K.
+    Free ones are real numbers that the optimiser moves; those whose names start with `_` stay.
+    """
+
+    unit: ClassVar[str]  # of sizes, as reported
+
+    def begin(self, x: Tensor, rng: Generator) -> State:
+        """The variables of a problem; x: its images, (N, C, H, W) float32 in [0, 1]."""
+        raise NotImplementedError
+
+    def stamp(self, at: State, x: Tensor) -> Tensor:
+        """x: (K, B, C, H, W) float32 in [0, 1] -> the same, with each problem's trigger."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(K,) from logits (K, B, classes) and the classes wanted (K,): mean cross-entropy."""
+        wanted = target[:, None].expand(logits.shape[:2])
+        each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+        return each.view(logits.shape[:2]).mean(1)
+
+    def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
+        """(K,) what the weight multiplies in the loss."""
+        raise NotImplementedError
+
+    def size(self, at: State) -> Tensor:
+        """(K,) in `unit`."""
+        raise NotImplementedError
+
+    def record(self, at: State, share: Tensor) -> Tensor:
+        """(K, M): what must all shrink for a trigger to be better. share: (K,) of its successes."""
+        return self.size(at)[:, None]
+
+    def kept(self, at: State) -> State:
+        """The variables that are remembered of these (smallest values cut off, say)."""
+        return at
+
+    def nudged(self, kept: State, noise: State) -> State:
+        """Where the search goes on from a best trigger; noise: uniform in [-1, 1], of the free
+        variables."""
+        return kept
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long and how hard. Rates and costs are for a cross-entropy averaged over images."""
+
+    samples: int = 100  # images per problem
+    steps: int = 1000  # passes over them
+    batch: int = 32  # images per update, at most
+    asr: float = 0.9  # share of images that a trigger must send to the target, in (0, 1]
+    lr: float = 0.1  # of Adam
+    betas: tuple[float, float] = (0.5, 0.9)
+    cost: float = 1e-3  # first weight on the size
+    patience: int = 10  # passes in a row with success (without) after which the weight changes
+    up: float = 1.5  # factor on the weight after successes
+    down: float = 1.5**1.5  # divisor after failures
+    stall: int | None = None  # passes without a better trigger after which a problem ends
+
+
+@dataclass(frozen=True)
+class Found:
+    """A problem's answer. Without success there is no size, and the trigger is the last one."""
+
+    problem: Problem
+    size: float | None  # in the family's unit
+    asr: float  # share of the problem's images that the trigger sends to the target, checked
+    trigger: State  # all variables, without the leading K, on the CPU
+    steps: int  # passes made
+
+
+def invert(
+    model: Frozen,
+    family: Family,
+    problems: Sequence[Problem],
+    images: Images,
+    search: Search,
+    *,
+    seed: int = 0,
+    memory: float | None = None,
+    slots: int | None = None,
+    checkpoint: Checkpoint | None = None,
+    what: str = "inverting triggers",
+) -> list[Found]:
+    """Answers in the order of `problems`.
+
+    images: uint8, on any device; problems draw theirs from it, the same for all restarts.
+    memory: bytes that the triggers' passes may take; None: half of what is free on a GPU.
+    slots: problems in flight; None: as many as the memory holds (on a CPU few: they buy nothing).
+    checkpoint: where the state is kept now and then, and read from at the start.
+    Raises BadInput on a class without enough images, on victim = target, and where the memory does
+    not hold one problem.
+    """
+    return _Run(model, family, tuple(problems), images, search, seed, checkpoint, what).run(
+        memory, slots
+    )
+
+
+@torch.no_grad()
+def stamped(family: Family, trigger: State, x: Tensor) -> Tensor:
+    """One trigger on images (N, C, H, W) float32 in [0, 1]."""
+    at = {name: value[None].to(x.device) for name, value in trigger.items()}
+    return family.stamp(at, x[None])[0]
+
+
+# ------------------------------------------------------------------------------------ the images
+
+
+def rows_of(problem: Problem, y: Tensor, samples: int, seed: int) -> Tensor:
+    """(samples,) int64: the images of a problem, of the victim class or evenly of all but the
+    target. y: (N,) int64 on the CPU. Raises BadInput where there are too few."""
+    classes = int(y.max()) + 1 if len(y) else 0
+    if problem.victim == problem.target:
+        raise BadInput(f"Victim and target are both class {problem.target}; name two classes.")
+    for label in (problem.victim, problem.target):
+        if label is not None and not label >= 0:
+            raise BadInput(f"There is no class {label}; classes start at 0.")
+    if problem.victim is None:
+        victims = [label for label in range(classes) if label != problem.target]
+    else:
+        victims = [problem.victim]
+    victims = [label for label in victims if (y == label).any()]
+    if not victims:
+        raise BadInput(f"There are no images of class {problem.victim} to invert a trigger on.")
+    drawn = []
+    for place, label in enumerate(victims):
+        own = (y == label).nonzero().flatten()
+        need = samples * (place + 1) // len(victims) - samples * place // len(victims)
+        if len(own) < need:
+            raise BadInput(
+                f"Class {label} has {len(own)} images, but {need} are asked for; lower the number "
+                "of samples."
+            )
+        order = torch.randperm(len(own), generator=stream(seed, "inversion images", label))
+        drawn.append(own[order[:need]])
+    return torch.cat(drawn)
+
+
+# --------------------------------------------------------------------------------------- the run
+
+
+class _Run:
+    def __init__(
+        self,
+        model: Frozen,
+        family: Family,
+        problems: tuple[Problem, ...],
+        images: Images,
+        search: Search,
+        seed: int,
+        checkpoint: Checkpoint | None,
+        what: str,
+    ) -> None:
+        self.model, self.family, self.search, self.seed = model, family, search, seed
+        self.problems, self.checkpoint, self.what = problems, checkpoint, what
+        self.device = next(model.buffers()).device
+        labels = images.y.cpu()
+        self.rows = [rows_of(problem, labels, search.samples, seed) for problem in problems]
+        self.x = images.x.to(self.device)
+        shape = images.x.shape[1:]
+        self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        self.parts = math.ceil(search.samples / search.batch)
+        self.found: dict[int, Found] = {}
+
+    def run(self, memory: float | None, slots: int | None) -> list[Found]:
+        self.slots = min(len(self.problems), slots or self._room(memory))
+        waiting, state, index = self._resumed()
+        last = time.monotonic()
+        while waiting or index:
+            if waiting and len(index) < self.slots:
+                new, waiting = (
+                    waiting[: self.slots - len(index)],
+                    waiting[self.slots - len(index) :],
+                )
+                state = _joined(state, self._begun(new))
+                index = [*index, *new]
+            for _ in range(_LOOK):
+                self._advance(state)
+            self._check(state)
+            ended = self._ended(state)  # waits for the device
+            if any(ended):
+                self._harvest(state, index, ended)
+                keep = [place for place, end in enumerate(ended) if not end]
+                state = {k: v[keep] for k, v in state.items()} if keep else {}
+                index = [index[place] for place in keep]
+            self._tell(state)
+            if self.checkpoint is not None and time.monotonic() - last > _SAVE:
+                self._save(waiting, state, index)
+                last = time.monotonic()
+        return [self.found[place] for place in range(len(self.problems))]
+
+    # ------------------------------------------------------------------------- room and progress
+
+    def _room(self, memory: float | None) -> int:
+        """Problems that fit at once."""
+        part = math.ceil(self.search.samples / self.parts)
+        each = part * bytes_per_image(self.model, self.shape, self.device)
+        each += 40 * 4 * math.prod(self.shape)  # variables, their optimiser, noise, best
+        if memory is None:
+            if self.device.type != "cuda":
+                return max(1, _CPU_IMAGES // part)
+            memory = 0.5 * torch.cuda.mem_get_info(self.device)[0]
+        if memory < each:
+            raise BadInput(
+                f"One problem needs about {each / 2**20:.0f} MiB, more than the memory allowed "
+                f"({memory / 2**20:.0f} MiB); raise it or lower the batch."
+            )
+        return int(memory // each)
+
+    def _tell(self, state: State) -> None:
+        each = self.search.steps
+        now = int(state["passes"].sum()) if state else 0
+        report(self.what, len(self.found) * each + now, len(self.problems) * each)
+
+    def _save(self, waiting: list[int], state: State, index: list[int]) -> None:
+        assert self.checkpoint is not None
+        self.checkpoint.save(
+            {"waiting": waiting, "index": index, "state": state, "found": dict(self.found)}
+        )
+
+    def _resumed(self) -> tuple[list[int], State, list[int]]:
+        kept = None if self.checkpoint is None else self.checkpoint.load()
+        if not kept:
+            return list(range(len(self.problems))), {}, []
+        self.found = dict(kept["found"])
+        state = {name: value.to(self.device) for name, value in kept["state"].items()}
+        return list(kept["waiting"]), state, list(kept["index"])
+
+    # ---------------------------------------------------------------------------- state of problems
+
+    def _begun(self, places: Sequence[int]) -> State:
+        """The state of problems that enter, (K, …) each, on the device."""
+        each = [self._begin(self.problems[place], self.rows[place]) for place in places]
+        return {name: torch.stack([one[name] for one in each]).to(self.device) for name in each[0]}
+
+    def _begin(self, problem: Problem, rows: Tensor) -> State:
+        search = self.search
+        rng = stream(self.seed, "inversion", problem.victim, problem.target, problem.restart)
+        at = self.family.begin(training.to_float(self.x[rows].cpu()), rng)
+        orders = torch.stack([torch.randperm(len(rows), generator=rng) for _ in range(_ORDERS)])
+        state: State = {
+            "rows": rows,
+            "orders": orders,
+            "target": torch.tensor(problem.target),
+            "cost": torch.tensor(search.cost),
+            "passes": torch.tensor(0),
+            "updates": torch.tensor(0),
+            "good": torch.tensor(0),  # passes in a row with success
+            "bad": torch.tensor(0),  # passes in a row without
+            "since": torch.tensor(0),  # passes since the best trigger
+            "news": torch.tensor(False),  # the best trigger is newer than the last try
+            "found": torch.tensor(False),  # there is a sure one
+            "asr": torch.tensor(0.0, dtype=torch.float64),  # of the sure one
+            "turns": torch.tensor(0),  # how often a best trigger was nudged
+        }
+        for name, value in at.items():
+            if name.startswith("_"):
+                state[f"fixed.{name}"] = value
+                continue
+            noise = torch.rand(_NUDGES, *value.shape, generator=rng) * 2 - 1
+            state |= {
+                f"free.{name}": value,
+                f"best.{name}": value.clone(),  # by what was counted during passes
+                f"sure.{name}": value.clone(),  # tried on all images
+                f"noise.{name}": noise,
+                f"mean.{name}": torch.zeros_like(value),
+                f"square.{name}": torch.zeros_like(value),
+            }
+        stacked = {name: value[None] for name, value in at.items()}
+        none = torch.full_like(self.family.record(stacked, torch.zeros(1))[0], torch.inf)
+        return {**state, "record": none, "sure_record": none.clone()}
+
+    # ------------------------------------------------------------------------------- one pass
+
+    def _advance(self, state: State) -> None:
+        """One pass over every problem's images, in place; nothing waits for the device."""
+        search, family = self.search, self.family
+        turn = (state["passes"] % _ORDERS)[:, None, None].expand(-1, 1, search.samples)
+        order = state["orders"].gather(1, turn)[:, 0]
+        rows = state["rows"].gather(1, order)
+        hits = torch.zeros_like(state["passes"])
+        for chosen in rows.tensor_split(self.parts, 1):
+            x = training.to_float(self.x[chosen.flatten()]).view(*chosen.shape, *self.shape)
+            free = _named(state, "free")
+            with torch.enable_grad():
+                leaves = {name: value.requires_grad_() for name, value in free.items()}
+                at = leaves | _named(state, "fixed")
+                shown = family.stamp(at, x)
+                logits = self.model(shown.flatten(0, 1)).view(*chosen.shape, -1)
+                total = family.loss(logits, state["target"])
+                total = total + state["cost"] * family.penalty(at, x, shown)
+                slopes = torch.autograd.grad(total.sum(), list(leaves.values()))
+            hits += (logits.detach().argmax(2) == state["target"][:, None]).sum(1)
+            last = {name: value.detach() for name, value in leaves.items()}
+            self._update(state, last, dict(zip(leaves, slopes, strict=True)))
+        self._judge(state, last, hits)
+
+    def _update(self, state: State, free: State, slopes: State) -> None:
+        """Adam, with a count of updates for every problem."""
+        (one, two), lr = self.search.betas, self.search.lr
+        state["updates"] = state["updates"] + 1
+        for name, slope in slopes.items():
+            mean, square = state[f"mean.{name}"], state[f"square.{name}"]
+            mean.lerp_(slope, 1 - one)
+            square.mul_(two).addcmul_(slope, slope, value=1 - two)
+            shape = (-1, *[1] * (slope.ndim - 1))
+            rise = (1 - one ** state["updates"]).view(shape)
+            level = (1 - two ** state["updates"]).view(shape)
+            step = lr * (mean / rise) / ((square / level).sqrt() + 1e-8)
+            state[f"free.{name}"] = free[name] - step
+
+    def _judge(self, state: State, free: State, hits: Tensor) -> None:
+        """After a pass: is the trigger that it ended with better, and is its size to weigh more?
+
+        free: the variables before the pass's last update, those that were seen last.
+        """
+        search, family = self.search, self.family
+        success = hits >= search.asr * search.samples - 1e-6
+        fixed = _named(state, "fixed")
+        kept = family.kept(free | fixed)
+        sizes = family.record(free | fixed, hits / search.samples)
+        live = state["passes"] < search.steps  # looks are every tenth pass: some come too late
+        better = live & success & (sizes < state["record"]).all(1)
+        state["record"] = torch.where(better[:, None], sizes, state["record"])
+        state["news"] = state["news"] | better
+        noise = {}
+        for name in free:
+            mask = better.view(-1, *[1] * (free[name].ndim - 1))
+            state[f"best.{name}"] = torch.where(mask, kept[name], state[f"best.{name}"])
+            table = state[f"noise.{name}"]
+            turn = (state["turns"] % _NUDGES).view(-1, *[1] * (table.ndim - 1))
+            noise[name] = table.gather(1, turn.expand(-1, 1, *table.shape[2:]))[:, 0]
+        nudged = family.nudged(kept, noise)
+        for name in free:
+            value = nudged[name]
+            mask = better.view(-1, *[1] * (value.ndim - 1))
+            state[f"free.{name}"] = torch.where(mask, value, state[f"free.{name}"])
+        state["turns"] = state["turns"] + better
+        state["passes"] = state["passes"] + live
+        state["since"] = torch.where(better, 0, state["since"] + 1)
+        state["good"] = torch.where(success, state["good"] + 1, 0)
+        state["bad"] = torch.where(success, 0, state["bad"] + 1)
+        rises, falls = state["good"] >= search.patience, state["bad"] >= search.patience
+        factor = torch.where(rises, search.up, torch.where(falls, 1 / search.down, 1.0))
+        state["cost"] = state["cost"] * factor
+        state["good"] = torch.where(rises, 0, state["good"])
+        state["bad"] = torch.where(falls, 0, state["bad"])
+
+    @torch.no_grad()
+    def _check(self, state: State) -> None:
+        """Try new best triggers on all of their images; those that fall short are given up."""
+        if not bool(state["news"].any()):  # waits for the device
+            return
+        share = self._success(state, "best")
+        holds = state["news"] & (share >= self.search.asr - 1e-6)
+        state["asr"] = torch.where(holds, share, state["asr"])
+        state["found"] = state["found"] | holds
+        for one, two in [("record", "sure_record")] + [
+            (f"best.{name}", f"sure.{name}") for name in _named(state, "best")
+        ]:
+            mask = holds.view(-1, *[1] * (state[one].ndim - 1))
+            state[two] = torch.where(mask, state[one], state[two])
+            state[one] = state[two].clone()
+        state["news"] = torch.zeros_like(state["news"])
+
+    def _success(self, state: State, which: str) -> Tensor:
+        """(K,) share of each problem's images that its trigger sends to the target."""
+        at = _named(state, which) | _named(state, "fixed")
+        hits = torch.zeros_like(state["passes"])
+        for rows in state["rows"].tensor_split(self.parts, 1):
+            x = training.to_float(self.x[rows.flatten()]).view(*rows.shape, *self.shape)
+            answers = self.model(self.family.stamp(at, x).flatten(0, 1)).argmax(1)
+            hits += (answers.view(rows.shape) == state["target"][:, None]).sum(1)
+        return hits.double() / self.search.samples
+
+    def _ended(self, state: State) -> list[bool]:
+        over = state["passes"] >= self.search.steps
+        if self.search.stall is not None:
+            over = over | (state["found"] & (state["since"] >= self.search.stall))
+        return [bool(end) for end in over.tolist()]
+
+    @torch.no_grad()
+    def _harvest(self, state: State, index: Sequence[int], ended: Sequence[bool]) -> None:
+        """Keep the answers of the problems that ended."""
+        found = state["found"].tolist()
+        shares = torch.where(state["found"], state["asr"], self._success(state, "free")).tolist()
+        fixed = _named(state, "fixed")
+        sizes = self.family.size(_named(state, "sure") | fixed).tolist()
+        for place in (place for place, end in enumerate(ended) if end):
+            at = _named(state, "sure" if found[place] else "free") | fixed
+            self.found[index[place]] = Found(
+                problem=self.problems[index[place]],
+                size=sizes[place] if found[place] else None,
+                asr=shares[place],
+                trigger={name: value[place].cpu() for name, value in at.items()},
+                steps=int(state["passes"][place]),
+            )
+
+
+def _named(state: State, prefix: str) -> State:
+    return {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{prefix}.")}
+
+
+def _joined(state: State, more: State) -> State:
+    return {k: torch.cat([state[k], v]) for k, v in more.items()} if state else more

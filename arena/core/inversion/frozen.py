@@ -1,0 +1,76 @@
+"""A network made ready to be asked a million times: frozen, folded, in low precision.
+
+Inversion needs gradients for triggers and none for weights, in evaluation mode. There a batch norm
+is a scale and a shift, which the convolution before it can do as well; on small maps such passes
+over memory cost more than the convolutions.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from arena.core import training
+from arena.core.models import Classifier, passes
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class Frozen(nn.Module):
+    """float32 (N, C, H, W) in [0, 1] -> logits (N, classes) float32, as `model` in evaluation mode.
+
+    A copy: `model` is left as it is, and later changes of it do not show here. Gradients flow to
+    the images and to nothing else.
+    """
+
+    def __init__(self, model: Classifier, precision: Precision = "auto") -> None:
+        super().__init__()
+        device = training.device_of(model)
+        low = training.has_bf16(device) if precision == "auto" else precision == "bf16"
+        self.dtype = torch.bfloat16 if low else torch.float32
+        copied = copy.deepcopy(model).eval().requires_grad_(False)
+        self.normalize = copied.normalize
+        self.body = folded(copied.body).to(self.dtype).to(memory_format=torch.channels_last)
+        self.body.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normalize(x).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        logits = self.body(x).float()
+        passes.forward += len(x)
+        passes.backward += len(x) if logits.requires_grad else 0
+        return logits
+
+
+def folded(body: nn.Module) -> nn.Module:
+    """`body` (in evaluation mode) with every batch norm that directly follows a convolution folded
+    into it; as it is where it cannot be traced."""
+    from torch.fx.experimental.optimization import fuse
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return fuse(body)
+        except Exception:  # whatever a foreign network's code does under a tracer
+            return body
+
+
+def bytes_per_image(frozen: Frozen, shape: tuple[int, int, int], device: torch.device) -> int:
+    """What a forward pass keeps in memory for the backward pass, per image."""
+    weights = {p.untyped_storage().data_ptr() for p in (*frozen.parameters(), *frozen.buffers())}
+    seen: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.full((2, *shape), 0.5, device=device, requires_grad=True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        kept = frozen(x)  # alive until here, so that no address is used twice
+    del kept
+    return sum(seen.values()) // 2 + 16 * x[0].numel()

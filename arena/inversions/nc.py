@@ -1,0 +1,59 @@
+"""NC: a mask and a pattern; the size is how much of the image the mask covers.
+
+Source: Wang et al. 2019, Neural Cleanse, section IV; its published code for the variables (tanh),
+    MOTH's (Tao et al. 2022) for the start (uniform) and for the search that goes on from a best
+    trigger, with mask and pattern moved by up to 0.01.
+Departs: the size is the L1 norm of the one mask that all channels share. The papers of MOTH print
+    three times that: the sum over the mask repeated on three channels.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from arena.core.inversion.engine import Family, State
+from arena.core.registry import method, param
+
+_WIDTH = 1 + 1e-6  # tanh of finite variables reaches 0 and 1 to within float32's resolution
+
+
+@method
+class NC(Family):
+    unit: ClassVar[str] = "mask L1"
+
+    nudge: float = param(
+        0.01, "how far mask and pattern are moved off a best trigger, in [0, 1]", low=0, high=0.5,
+        source="MOTH's code",
+    )  # fmt: skip
+
+    def begin(self, x: Tensor, rng: Generator) -> State:
+        mask = torch.rand(1, *x.shape[2:], generator=rng)
+        pattern = torch.rand(x.shape[1:], generator=rng)
+        return {"mask": _free(mask), "pattern": _free(pattern)}
+
+    def stamp(self, at: State, x: Tensor) -> Tensor:
+        mask, pattern = _shown(at["mask"])[:, None], _shown(at["pattern"])[:, None]
+        return torch.lerp(x, pattern, mask)
+
+    def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
+        return self.size(at)
+
+    def size(self, at: State) -> Tensor:
+        return _shown(at["mask"]).flatten(1).sum(1)
+
+    def nudged(self, kept: State, noise: State) -> State:
+        return {
+            name: _free((_shown(value) + self.nudge * noise[name]).clamp(0, 1))
+            for name, value in kept.items()
+        }
+
+
+def _shown(free: Tensor) -> Tensor:
+    return free.tanh() / (2 * _WIDTH) + 0.5
+
+
+def _free(shown: Tensor) -> Tensor:
+    return torch.atanh((shown - 0.5) * 2 * (1 - 1e-6))
