@@ -15,10 +15,13 @@ from arena.core.contracts import Images
 from arena.core.inversion import engine
 from arena.core.inversion.engine import Problem, Search, invert, rows_of, stamped
 from arena.core.inversion.frozen import Frozen, bytes_per_image
-from arena.core.registry import BadInput
+from arena.core.registry import BadInput, short_spec
 from arena.core.seeding import stream
+from arena.inversions.cw import CW
+from arena.inversions.filter import Filter
 from arena.inversions.nc import NC
 from arena.inversions.pixel import Pixel
+from arena.inversions.uap import UAP
 
 SHAPE = (3, toys.SIDE, toys.SIDE)
 QUICK = Search(samples=12, steps=30, batch=6)
@@ -287,9 +290,26 @@ def test_memory_says_how_many_go_at_once(frozen, images):
 # ------------------------------------------------------------------------------------ the families
 
 
-@pytest.mark.parametrize("family", [NC(), Pixel(), Pixel(form="tanh")])
+FAMILIES = [NC(), Pixel(), Pixel(form="tanh"), Filter(), UAP(), CW()]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=short_spec)
+def test_every_family_s_answers_are_its_own(frozen, images, family):
+    search = replace(family.usual, samples=12, steps=20, batch=6)
+    together = invert(frozen, family, ALL[:4], images, search, slots=3)
+    for place in (1, 3):
+        (alone,) = invert(frozen, family, [ALL[place]], images, search)
+        same(alone, together[place])
+        x = images.x[:20] / 255
+        shown = stamped(family, alone.trigger, x)
+        assert shown.shape == x.shape
+        assert 0 <= float(shown.min()) <= float(shown.max()) <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=short_spec)
 def test_families_keep_problems_apart_and_images_in_range(family):
-    free = [family.begin(torch.zeros(2, *SHAPE), stream(0, restart)) for restart in range(3)]
+    few = torch.rand(4, *SHAPE, generator=stream(0, "few"))
+    free = [family.begin(few, stream(0, restart)) for restart in range(3)]
     stacked = {name: torch.stack([one[name] for one in free]) for name in free[0]}
     x = torch.rand(3, 5, *SHAPE, generator=stream(0, "x"))
     out = family.stamp(stacked, x)
@@ -361,3 +381,76 @@ def test_pixels_of_the_planted_trigger(cornered, coloured, family):
     assert to_corner.size <= 6
     assert other.size > 5 * to_corner.size
     assert to_corner.asr >= 0.9
+
+
+def test_a_filter_sets_mean_and_deviation_of_every_channel():
+    x = torch.rand(1, 5, 3, 8, 8, generator=stream(0, "x")) * 0.5 + 0.25
+    at = Filter().begin(x[0], stream(0, "begin"))
+    at = {name: value[None] for name, value in at.items()}
+    at["mean"], at["deviation"] = torch.tensor([[0.4, 0.5, 0.6]]), torch.tensor([[0.1, 0.05, 0.02]])
+    out = Filter().stamp(at, x)
+    assert torch.allclose(out.mean((3, 4)), at["mean"][:, None].expand(1, 5, 3), atol=1e-5)
+    found = out.std((3, 4), correction=0)
+    assert torch.allclose(found, at["deviation"][:, None].expand(1, 5, 3), atol=1e-5)
+    off = (at["mean"] - x.mean((0, 1, 3, 4))).abs().sum()
+    off = off + (at["deviation"] - x.std((3, 4), correction=0).mean((0, 1))).abs().sum()
+    assert float(Filter().size(at)) == pytest.approx(255 * float(off), rel=1e-4)
+
+
+def test_a_filter_leaves_images_of_one_colour_finite():
+    x = torch.full((1, 2, 3, 4, 4), 0.5, requires_grad=True)
+    at = {k: v[None] for k, v in Filter().begin(x[0].detach(), stream(0, "begin")).items()}
+    out = Filter().stamp(at, x)
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_a_filter_is_found_where_a_colour_decides(cornered, coloured):
+    search = replace(Filter().usual, samples=30, steps=200)
+    (answer,) = invert(cornered, Filter(), [Problem(1, 2)], coloured, search)
+    assert answer.size is not None
+    raised = answer.trigger["mean"] - answer.trigger["_mean"]
+    assert raised[2] - raised[1] > 0.3  # 115 of 255 lie between the two classes' colours
+
+
+def test_a_universal_perturbation_stays_in_its_ball_and_keeps_the_best(frozen, coloured):
+    family = UAP(eps=40.0)
+    search = replace(family.usual, samples=30, steps=60)
+    (answer,) = invert(frozen, family, [Problem(1, 2)], coloured, search)
+    assert answer.size == pytest.approx(40, abs=0.01)
+    change = answer.trigger["change"] * 255
+    assert change[2].mean() > 39  # the planted network looks at the mean of a colour
+    assert change[1].mean() < -39
+
+
+def test_cross_entropy_counts_up_to_beta():
+    logits = torch.tensor([[[0.0, 30.0], [0.0, 0.0]]])
+    loss = UAP(beta=5.0).loss(logits, torch.tensor([0]))
+    assert float(loss) == pytest.approx((5 + 0.6931) / 2, abs=1e-3)
+
+
+def test_what_cw_paints_and_what_it_gives_up():
+    left = torch.tensor([[[[1.0, 1.0], [1.0, 0.0]]]])
+    at = {"paint": torch.full((1, 1, 2, 2), 9.0), "left": left, "_mean": torch.zeros(1, 1, 2, 2)}
+    x = torch.full((1, 1, 1, 2, 2), 0.25)
+    assert torch.allclose(CW().stamp(at, x)[0, 0, 0], torch.tensor([[1.0, 1.0], [1.0, 0.25]]))
+    assert float(CW().size(at)) == 3
+    slopes = {"paint": torch.tensor([[[[3.0, -1.0], [2.0, 0.1]]]]), "left": torch.zeros_like(left)}
+    kept = CW(share=0.3).thinned(at, slopes, torch.tensor([True]))["left"]
+    assert kept.tolist() == [[[[1.0, 0.0], [1.0, 0.0]]]]  # the least important of those left
+    kept = CW(share=0.3).thinned(at, slopes, torch.tensor([False]))["left"]
+    assert torch.equal(kept, left)
+
+
+def test_the_margin_of_cw():
+    logits = torch.tensor([[[2.0, 5.0, 1.0], [9.0, 5.0, 1.0]]])
+    assert float(CW(kappa=1.0).loss(logits, torch.tensor([0]))) == pytest.approx(4 / 2)
+
+
+def test_cw_gives_up_all_but_the_planted_corner(cornered, coloured):
+    search = replace(CW().usual, samples=30, steps=400)
+    (answer,) = invert(cornered, CW(), [Problem(None, 0)], coloured, search)
+    assert answer.size is not None
+    assert answer.size < 40
+    assert answer.trigger["left"][0, -2:, -2:].sum() >= 3

@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "arena"
 FILES = sorted(path for path in ROOT.rglob("*.py"))
-METHODS = [p for p in FILES if p.parent.name in ("attacks", "defenses", "inversions") and p.stem != "__init__"]
+METHODS = [
+    p
+    for p in FILES
+    if p.parent.name in ("attacks", "defenses", "inversions") and p.stem != "__init__"
+]
 LONG = {"patch": 350}  # five kinds of patch in one method
 MOST_LINES = 260
 

@@ -48,7 +48,7 @@ class Pixel(Family):
         changed = (self._shown(at["plus"]) >= _CUT) | (self._shown(at["minus"]) >= _CUT)
         return changed.any(1).flatten(1).sum(1).float()
 
-    def record(self, at: State, share: Tensor) -> Tensor:
+    def record(self, at: State, loss: Tensor) -> Tensor:
         """Pixels that change, and the loss's own measure."""
         return torch.stack([self.size(at), _soft(at["plus"]) + _soft(at["minus"])], 1)
 

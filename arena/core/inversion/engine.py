@@ -52,6 +52,24 @@ class Problem:
     restart: int = 0  # the same problem with other draws
 
 
+@dataclass(frozen=True)
+class Search:
+    """How long and how hard. Rates and costs are for a cross-entropy averaged over images."""
+
+    samples: int = 100  # images per problem
+    steps: int = 1000  # passes over them
+    batch: int = 32  # images per update, at most
+    asr: float = 0.9  # share of images that a trigger must send to the target, in (0, 1]
+    lr: float = 0.1  # of Adam
+    betas: tuple[float, float] = (0.5, 0.9)
+    rule: str = "adam"  # or sign: every variable moves by lr against the sign of its slope
+    cost: float = 1e-3  # first weight on the size
+    patience: int = 10  # passes in a row with success (without) after which the weight changes
+    up: float = 1.5  # factor on the weight after successes
+    down: float = 1.5**1.5  # divisor after failures
+    stall: int | None = None  # passes without a better trigger after which a problem ends
+
+
 class Family(Protocol):
     """A family of triggers: subclass it. Its functions are pure and serve K problems at once.
 
@@ -60,6 +78,7 @@ class Family(Protocol):
     """
 
     unit: ClassVar[str]  # of sizes, as reported
+    usual: ClassVar[Search] = Search()  # the settings of its paper
 
     def begin(self, x: Tensor, rng: Generator) -> State:
         """The variables of a problem; x: its images, (N, C, H, W) float32 in [0, 1]."""
@@ -83,35 +102,27 @@ class Family(Protocol):
         """(K,) in `unit`."""
         raise NotImplementedError
 
-    def record(self, at: State, share: Tensor) -> Tensor:
-        """(K, M): what must all shrink for a trigger to be better. share: (K,) of its successes."""
+    def record(self, at: State, loss: Tensor) -> Tensor:
+        """(K, M): what must all shrink for a trigger to be better. loss: (K,) of the pass."""
         return self.size(at)[:, None]
 
     def kept(self, at: State) -> State:
         """The variables that are remembered of these (smallest values cut off, say)."""
         return at
 
+    def projected(self, at: State) -> State:
+        """After an update: the variables, where they may be."""
+        return at
+
+    def thinned(self, at: State, slopes: State, success: Tensor) -> State:
+        """After a pass: the variables, less what an external step takes away. slopes: those of the
+        last update; success: (K,) bool, of the pass."""
+        return at
+
     def nudged(self, kept: State, noise: State) -> State:
         """Where the search goes on from a best trigger; noise: uniform in [-1, 1], of the free
         variables."""
         return kept
-
-
-@dataclass(frozen=True)
-class Search:
-    """How long and how hard. Rates and costs are for a cross-entropy averaged over images."""
-
-    samples: int = 100  # images per problem
-    steps: int = 1000  # passes over them
-    batch: int = 32  # images per update, at most
-    asr: float = 0.9  # share of images that a trigger must send to the target, in (0, 1]
-    lr: float = 0.1  # of Adam
-    betas: tuple[float, float] = (0.5, 0.9)
-    cost: float = 1e-3  # first weight on the size
-    patience: int = 10  # passes in a row with success (without) after which the weight changes
-    up: float = 1.5  # factor on the weight after successes
-    down: float = 1.5**1.5  # divisor after failures
-    stall: int | None = None  # passes without a better trigger after which a problem ends
 
 
 @dataclass(frozen=True)
@@ -334,7 +345,7 @@ class _Run:
         turn = (state["passes"] % _ORDERS)[:, None, None].expand(-1, 1, search.samples)
         order = state["orders"].gather(1, turn)[:, 0]
         rows = state["rows"].gather(1, order)
-        hits = torch.zeros_like(state["passes"])
+        hits, losses = torch.zeros_like(state["passes"]), torch.zeros_like(state["cost"])
         for chosen in rows.tensor_split(self.parts, 1):
             x = training.to_float(self.x[chosen.flatten()]).view(*chosen.shape, *self.shape)
             free = _named(state, "free")
@@ -343,38 +354,50 @@ class _Run:
                 at = leaves | _named(state, "fixed")
                 shown = family.stamp(at, x)
                 logits = self.model(shown.flatten(0, 1)).view(*chosen.shape, -1)
-                total = family.loss(logits, state["target"])
-                total = total + state["cost"] * family.penalty(at, x, shown)
-                slopes = torch.autograd.grad(total.sum(), list(leaves.values()))
+                loss = family.loss(logits, state["target"])
+                total = loss + state["cost"] * family.penalty(at, x, shown)
+                found = torch.autograd.grad(
+                    total.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
             hits += (logits.detach().argmax(2) == state["target"][:, None]).sum(1)
+            losses += loss.detach()
             last = {name: value.detach() for name, value in leaves.items()}
-            self._update(state, last, dict(zip(leaves, slopes, strict=True)))
-        self._judge(state, last, hits)
+            slopes = dict(zip(leaves, found, strict=True))
+            self._update(state, last, slopes)
+        success = hits >= search.asr * search.samples - 1e-6
+        self._judge(state, last, success, losses / self.parts)
+        at = family.thinned(_named(state, "free") | _named(state, "fixed"), slopes, success)
+        state |= {f"free.{name}": at[name] for name in last}
 
     def _update(self, state: State, free: State, slopes: State) -> None:
-        """Adam, with a count of updates for every problem."""
+        """Adam, with a count of updates for every problem; or a step by signs."""
         (one, two), lr = self.search.betas, self.search.lr
         state["updates"] = state["updates"] + 1
+        moved = {}
         for name, slope in slopes.items():
+            if self.search.rule == "sign":
+                moved[name] = free[name] - lr * slope.sign()
+                continue
             mean, square = state[f"mean.{name}"], state[f"square.{name}"]
             mean.lerp_(slope, 1 - one)
             square.mul_(two).addcmul_(slope, slope, value=1 - two)
             shape = (-1, *[1] * (slope.ndim - 1))
             rise = (1 - one ** state["updates"]).view(shape)
             level = (1 - two ** state["updates"]).view(shape)
-            step = lr * (mean / rise) / ((square / level).sqrt() + 1e-8)
-            state[f"free.{name}"] = free[name] - step
+            moved[name] = free[name] - lr * (mean / rise) / ((square / level).sqrt() + 1e-8)
+        at = self.family.projected(moved | _named(state, "fixed"))
+        state |= {f"free.{name}": at[name] for name in free}
 
-    def _judge(self, state: State, free: State, hits: Tensor) -> None:
+    def _judge(self, state: State, free: State, success: Tensor, loss: Tensor) -> None:
         """After a pass: is the trigger that it ended with better, and is its size to weigh more?
 
-        free: the variables before the pass's last update, those that were seen last.
+        free: the variables before the pass's last update, those that were seen last; success: (K,)
+        bool, loss: (K,) of the pass.
         """
         search, family = self.search, self.family
-        success = hits >= search.asr * search.samples - 1e-6
         fixed = _named(state, "fixed")
         kept = family.kept(free | fixed)
-        sizes = family.record(free | fixed, hits / search.samples)
+        sizes = family.record(free | fixed, loss)
         live = state["passes"] < search.steps  # looks are every tenth pass: some come too late
         better = live & success & (sizes < state["record"]).all(1)
         state["record"] = torch.where(better[:, None], sizes, state["record"])
