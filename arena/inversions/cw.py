@@ -25,7 +25,12 @@ class CW(Family):
     unit: ClassVar[str] = "pixels"
     usual: ClassVar[Search] = Search(cost=1e-2)
 
-    kappa: float = param(0.0, "margin by which the target's logit must lead", low=0)
+    kappa: float | None = param(
+        None,
+        "lead of the target's logit beyond which an image counts no more; none: it always counts, "
+        "as else no pixel is important on images that the trigger flips by far",
+        low=0,
+    )
     share: float = param(
         0.02, "of the pixels left, those given up after a success", above=0, high=1
     )
@@ -44,7 +49,8 @@ class CW(Family):
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         own = F.one_hot(target, logits.shape[2]).bool()[:, None].expand(logits.shape)
         best = logits.masked_fill(own, -torch.inf).amax(2)
-        return (best - logits[own].view(best.shape) + self.kappa).clamp_min(0).mean(1)
+        margin = best - logits[own].view(best.shape)
+        return (margin if self.kappa is None else margin.clamp_min(-self.kappa)).mean(1)
 
     def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         return (stamped - x).square().flatten(2).sum(2).mean(1)
