@@ -1,0 +1,116 @@
+"""What the sizes of inverted triggers say about a model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from arena.core.inversion.distances import (
+    anomalies,
+    distances,
+    improvement,
+    parse_pairs,
+    problems_of,
+    smallest_by_target,
+    universal_problems,
+)
+from arena.core.inversion.engine import Found, Problem
+from arena.core.registry import BadInput
+
+
+def answer(victim, target, size, restart=0, asr=1.0):
+    return Found(Problem(victim, target, restart), size, asr, {}, 10)
+
+
+def test_pairs_in_words():
+    assert len(parse_pairs("all", 4)) == 12
+    assert parse_pairs("0:1, 3:2,0:1", 4) == [(0, 1), (3, 2)]
+    sampled = parse_pairs("sample:5", 4)
+    assert len(set(sampled)) == 5
+    assert all(s != t for s, t in sampled)
+    assert sampled == parse_pairs("sample:5", 4)
+    assert sampled != parse_pairs("sample:5", 4, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0:4", "no class 4; classes are 0 to 3"),
+        ("1:1", "Victim and target of 1:1 are one class"),
+        ("sample:13", "have 12 ordered pairs; sample 1 to 12"),
+        ("sample:0", "sample 1 to 12"),
+        ("0-1", "names no pairs"),
+        ("", "names no pairs"),
+    ],
+)
+def test_pairs_that_are_none(text, message):
+    with pytest.raises(BadInput, match=message):
+        parse_pairs(text, 4)
+
+
+def test_problems_of_pairs_and_of_targets():
+    assert problems_of([(0, 1)], 2) == [Problem(0, 1, 0), Problem(0, 1, 1)]
+    assert universal_problems(2, 1) == [Problem(None, 0), Problem(None, 1)]
+
+
+def test_a_distance_is_the_smallest_that_is_not_zero():
+    found = [
+        answer(0, 1, 5.0, 0),
+        answer(0, 1, 0.0, 1),
+        answer(0, 1, 3.0, 2, asr=0.93),
+        answer(1, 0, None, 0),
+        answer(1, 0, None, 1),
+        answer(2, 0, 8.0),
+        answer(None, 2, 1.0),  # universal: another question
+    ]
+    got = distances(found, 3)
+    assert got.size[0, 1] == 3
+    assert got.asr[0, 1] == 0.93
+    assert float(got.spread[0, 1]) == pytest.approx(math.sqrt(2))
+    assert got.spread[2, 0].isnan()
+    assert got.unreached == [(1, 0)]
+    assert int((~got.size.isnan()).sum()) == 2
+    assert got.mean == 5.5
+    assert distances([], 3).mean is None
+
+
+def test_the_improvement_is_a_mean_of_ratios():
+    nan = torch.nan
+    old = torch.tensor([[nan, 2.0], [10.0, nan]])
+    new = torch.tensor([[nan, 4.0], [15.0, 1.0]])
+    assert improvement(new, old) == pytest.approx((1.0 + 0.5) / 2)
+    assert improvement(new, torch.full((2, 2), nan)) is None
+
+
+def test_an_anomaly_by_hand():
+    sizes = torch.tensor([10.0, 12.0, 2.0, 11.0, 13.0])  # median 11; deviations 1 1 9 0 2: MAD 1
+    found = anomalies(sizes)
+    assert float(found.index[2]) == pytest.approx(9 / 1.4826)
+    assert found.flagged == [2]
+    assert found.score == pytest.approx(9 / 1.4826)
+    assert anomalies(torch.tensor([10.0, 12.0, 30.0, 11.0, 13.0])).flagged == [], "large, not small"
+
+
+def test_anomalies_where_triggers_are_missing_or_alike():
+    nan = torch.nan
+    assert anomalies(torch.tensor([nan, nan])).flagged == []
+    assert anomalies(torch.tensor([nan, nan])).score == 0
+    found = anomalies(torch.tensor([10.0, nan, 12.0, 11.0, 1.0]))
+    assert found.flagged == [4]
+    assert found.index[1].isnan()
+    assert anomalies(torch.full((4,), 3.0)).flagged == []
+
+
+def test_the_smallest_of_every_target():
+    found = [
+        answer(None, 1, 4.0),
+        answer(None, 1, 3.0, 1),
+        answer(None, 0, None),
+        answer(0, 2, 1.0),
+    ]
+    sizes = smallest_by_target(found, 3)
+    assert sizes[1] == 3
+    assert sizes[0].isnan()
+    assert sizes[2].isnan()
