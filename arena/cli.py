@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from arena.boards import Board
     from arena.runner import Plan, Runner, Summary
     from arena.store import Store
+    from arena.subjects import Subject
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own copy of click
 
@@ -553,6 +554,90 @@ def preview(
             f"{method.method_name} learns its trigger with the victim: this is what it starts "
             "from. `arena show CELL` shows the learned one."
         )
+
+
+@app.command()
+def distance(
+    cell: Annotated[str | None, typer.Argument(help="The first letters of a cell's key.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of your own instead of a cell's.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Their network.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Their data set.")] = None,
+    method: Annotated[
+        str, typer.Option(help="Trigger family: nc, pixel, filter, uap, cw, with fields.")
+    ] = "nc",
+    pairs: Annotated[
+        str, typer.Option(help="all, sample:20, or victim:target pairs such as 0:1,3:5.")
+    ] = "all",
+    restarts: Annotated[int, typer.Option(help="Searches per pair; the smallest counts.")] = 3,
+    samples: Annotated[int, typer.Option(help="Images of the victim class per search.")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(help="Passes over them; else as in the method's paper.")
+    ] = None,
+    asr: Annotated[
+        float | None, typer.Option(help="Success that a trigger must have, 0 to 1.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Another cell, to give the improvement over.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Images of val or test.")] = "val",
+    seed: Annotated[int, typer.Option("--seed", "-s", help="A seed.")] = 0,
+    memory: Annotated[
+        float | None, typer.Option(help="GB that the search may take; else what is free.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    data_dir: DataDirOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How far a model's classes are from each other: the smallest trigger from one to another."""
+    from arena.core.inversion.families import families
+
+    families.describe(split_spec(method)[0])  # unknown names before torch is loaded
+    from arena import inverting, listing
+
+    question = inverting.Question(method, restarts, samples, steps, asr, seed, split)
+    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
+    other = None
+    if baseline is not None:
+        from arena.subjects import of_cell
+
+        other = of_cell(opened, baseline, data_dir)
+    with _status("inverting triggers", quiet=as_json):
+        found = inverting.class_distances(
+            subject, question, pairs, opened,
+            baseline=other,
+            device=_device(device),
+            memory=None if memory is None else memory * 1e9,
+        )  # fmt: skip
+    print(json.dumps(found, indent=1) if as_json else listing.distances(found))
+
+
+def _subject(
+    cell: str | None,
+    checkpoint: Path | None,
+    model: str | None,
+    dataset: str | None,
+    data_dir: Path | None,
+    store: Path | None,
+) -> tuple[Store, Subject]:
+    """The model that a user means, and the store to keep answers in. Raises BadInput."""
+    from arena.store import Store
+    from arena.subjects import of_cell, of_checkpoint
+
+    if (cell is None) == (checkpoint is None):
+        raise BadInput(
+            "Name a cell, or a file of weights with --checkpoint FILE --model NAME -d DATASET."
+        )
+    if cell is not None:
+        opened = _open_store(store)
+        return opened, of_cell(opened, cell, data_dir)
+    if checkpoint is None or model is None or dataset is None:
+        raise BadInput("--checkpoint needs --model NAME and -d DATASET, which the file cannot say.")
+    return Store(store or Path("runs") / "adhoc"), of_checkpoint(
+        checkpoint, model, dataset, data_dir
+    )
 
 
 @app.command()

@@ -458,3 +458,33 @@ def _provenance(record: Mapping[str, Any]) -> dict[str, str]:
         "command": record.get("command"),
     }
     return {name: _text(value) for name, value in known.items() if value not in (None, "")}
+
+
+def distances(found: Mapping[str, Any]) -> str:
+    """What `arena distance` found, as a table: rows are victims, columns targets."""
+    names = found["classes"]
+    labels = [f"{place} {name}" for place, name in enumerate(names)]
+    wide = min(30, max(map(len, labels)))
+    head = " " * wide + "".join(f"{f'to {place}':>8}" for place in range(len(names)))
+    lines = [f"{found['model']}: {found['method']} distances, {found['unit']}", "", head]
+    for label, row in zip(labels, found["distances"], strict=True):
+        cells = "".join(f"{'·' if v is None else format(v, '.1f'):>8}" for v in row)
+        lines.append(f"{label[:wide]:<{wide}}{cells}")
+    lines.append("")
+    mean = found["mean"]
+    said = "no pair has a distance" if mean is None else f"mean {mean:.2f}"
+    if found["also"]:
+        said += f"; {found['also']['mean']:.2f} as {found['also']['unit']}"
+    lines.append(f"{said} ({found['pairs']} pairs, {found['restarts']} restarts each)")
+    if missing := found["unreached"]:
+        which = ", ".join(f"{names[s]} to {names[t]}" for s, t in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        lines.append(
+            f"no trigger reached {found['asked_asr']:.0%} for {len(missing)}: {which}{more}"
+        )
+    if found.get("improvement") is not None:
+        before = found["baseline"]
+        lines.append(
+            f"{found['improvement']:+.1%} against {before['model']} (mean of the pairs' ratios)"
+        )
+    return "\n".join(lines)

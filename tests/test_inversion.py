@@ -123,7 +123,7 @@ def test_a_network_that_cannot_be_traced_is_used_as_it_is():
 
 def test_memory_per_image_is_what_the_backward_pass_needs():
     model = toys.planted()
-    need = bytes_per_image(Frozen(model, "fp32"), SHAPE, torch.device("cpu"))
+    need = bytes_per_image(Frozen(model, "fp32"), SHAPE)
     maps = 4 * toys.SIDE**2  # bytes of one float32 map
     # image, normalised image; three convolutions' inputs and ReLU's outputs of five channels
     assert 10 * maps < need < 60 * maps
@@ -281,7 +281,7 @@ def test_updates_are_those_of_adam(frozen, images):
 
 def test_memory_says_how_many_go_at_once(frozen, images):
     run, _ = run_of(frozen, images, QUICK)
-    part = 6 * bytes_per_image(frozen, SHAPE, torch.device("cpu")) + 160 * 3 * toys.SIDE**2
+    part = 6 * bytes_per_image(frozen, SHAPE) + 160 * 3 * toys.SIDE**2
     assert run._room(5.5 * part) == 5
     with pytest.raises(BadInput, match=r"One problem needs about \d MiB"):
         run._room(0.5 * part)

@@ -23,7 +23,6 @@ from arena.core.registry import method, param
 @method
 class CW(Family):
     unit: ClassVar[str] = "pixels"
-    usual: ClassVar[Search] = Search(cost=1e-2)
 
     kappa: float | None = param(
         None,
@@ -34,6 +33,10 @@ class CW(Family):
     share: float = param(
         0.02, "of the pixels left, those given up after a success", above=0, high=1
     )
+
+    @property
+    def usual(self) -> Search:
+        return Search(cost=1e-2)
 
     def begin(self, x: Tensor, rng: Generator) -> State:
         paint = torch.rand(x.shape[1:], generator=rng)

@@ -23,11 +23,14 @@ _LEAST = 1 / 255  # deviation of a channel, where it has one colour
 @method
 class Filter(Family):
     unit: ClassVar[str] = "levels of mean and deviation"
-    usual: ClassVar[Search] = Search(lr=0.01)
 
     start: float = param(
         0.2, "how far mean and deviation start off the images', in [0, 1]", low=0, high=1
     )
+
+    @property
+    def usual(self) -> Search:
+        return Search(lr=0.01)
 
     def begin(self, x: Tensor, rng: Generator) -> State:
         mean, deviation = (part.mean((0, 2, 3)) for part in _statistics(x))

@@ -23,6 +23,7 @@ _WIDTH = 1 + 1e-6  # tanh of finite variables reaches 0 and 1 to within float32'
 @method
 class NC(Family):
     unit: ClassVar[str] = "mask L1"
+    also: ClassVar[tuple[str, float]] = ("mask L1 over three channels, as MOTH prints it", 3.0)
 
     nudge: float = param(
         0.01, "how far mask and pattern are moved off a best trigger, in [0, 1]", low=0, high=0.5,

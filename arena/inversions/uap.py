@@ -22,7 +22,6 @@ from arena.core.registry import method, param
 @method
 class UAP(Family):
     unit: ClassVar[str] = "largest change in 1/255"
-    usual: ClassVar[Search] = Search(asr=0.0, rule="sign", lr=1 / 255)
 
     eps: float = param(
         8.0, "radius in 1/255, L-inf", above=0, high=255, source="PixelBackdoor on CIFAR-10"
@@ -30,6 +29,10 @@ class UAP(Family):
     beta: float = param(
         9.0, "an image's cross-entropy counts up to that", above=0, source="Shafahi et al."
     )
+
+    @property
+    def usual(self) -> Search:
+        return Search(asr=0.0, rule="sign", lr=1 / 255)
 
     def begin(self, x: Tensor, rng: Generator) -> State:
         noise = torch.rand(x.shape[1:], generator=rng) * 2 - 1

@@ -78,7 +78,12 @@ class Family(Protocol):
     """
 
     unit: ClassVar[str]  # of sizes, as reported
-    usual: ClassVar[Search] = Search()  # the settings of its paper
+    also: ClassVar[tuple[str, float] | None] = None  # another unit in print, and its factor
+
+    @property
+    def usual(self) -> Search:
+        """The search of its paper."""
+        return Search()
 
     def begin(self, x: Tensor, rng: Generator) -> State:
         """The variables of a problem; x: its images, (N, C, H, W) float32 in [0, 1]."""
@@ -220,7 +225,7 @@ class _Run:
     ) -> None:
         self.model, self.family, self.search, self.seed = model, family, search, seed
         self.problems, self.checkpoint, self.what = problems, checkpoint, what
-        self.device = next(model.buffers()).device
+        self.device = model.device
         labels = images.y.cpu()
         self.rows = [rows_of(problem, labels, search.samples, seed) for problem in problems]
         self.x = images.x.to(self.device)
@@ -261,7 +266,7 @@ class _Run:
     def _room(self, memory: float | None) -> int:
         """Problems that fit at once."""
         part = math.ceil(self.search.samples / self.parts)
-        each = part * bytes_per_image(self.model, self.shape, self.device)
+        each = part * bytes_per_image(self.model, self.shape)
         each += 40 * 4 * math.prod(self.shape)  # variables, their optimiser, noise, best
         if memory is None:
             if self.device.type != "cuda":
@@ -281,15 +286,19 @@ class _Run:
 
     def _save(self, waiting: list[int], state: State, index: list[int]) -> None:
         assert self.checkpoint is not None
-        self.checkpoint.save(
-            {"waiting": waiting, "index": index, "state": state, "found": dict(self.found)}
-        )
+        found = {
+            place: (answer.size, answer.asr, answer.trigger, answer.steps)
+            for place, answer in self.found.items()
+        }
+        self.checkpoint.save({"waiting": waiting, "index": index, "state": state, "found": found})
 
     def _resumed(self) -> tuple[list[int], State, list[int]]:
         kept = None if self.checkpoint is None else self.checkpoint.load()
         if not kept:
             return list(range(len(self.problems))), {}, []
-        self.found = dict(kept["found"])
+        self.found = {
+            place: Found(self.problems[place], *answer) for place, answer in kept["found"].items()
+        }
         state = {name: value.to(self.device) for name, value in kept["state"].items()}
         return list(kept["waiting"]), state, list(kept["index"])
 

@@ -23,18 +23,21 @@ Precision = Literal["auto", "bf16", "fp32"]
 class Frozen(nn.Module):
     """float32 (N, C, H, W) in [0, 1] -> logits (N, classes) float32, as `model` in evaluation mode.
 
-    A copy: `model` is left as it is, and later changes of it do not show here. Gradients flow to
-    the images and to nothing else.
+    model: a Classifier, or any network from images in [0, 1] to logits. This is a copy of it, which
+    stays on its device: later changes do not show here. Gradients flow to the images alone.
     """
 
-    def __init__(self, model: Classifier, precision: Precision = "auto") -> None:
+    def __init__(self, model: nn.Module, precision: Precision = "auto") -> None:
         super().__init__()
-        device = training.device_of(model)
-        low = training.has_bf16(device) if precision == "auto" else precision == "bf16"
+        self.device = training.device_of(model)
+        low = training.has_bf16(self.device) if precision == "auto" else precision == "bf16"
         self.dtype = torch.bfloat16 if low else torch.float32
+        self.normalize: nn.Module
         copied = copy.deepcopy(model).eval().requires_grad_(False)
-        self.normalize = copied.normalize
-        self.body = folded(copied.body).to(self.dtype).to(memory_format=torch.channels_last)
+        body, self.normalize = copied, nn.Identity()
+        if isinstance(copied, Classifier):
+            body, self.normalize = copied.body, copied.normalize
+        self.body = folded(body).to(self.dtype).to(memory_format=torch.channels_last)
         self.body.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ def folded(body: nn.Module) -> nn.Module:
             return body
 
 
-def bytes_per_image(frozen: Frozen, shape: tuple[int, int, int], device: torch.device) -> int:
+def bytes_per_image(frozen: Frozen, shape: tuple[int, int, int]) -> int:
     """What a forward pass keeps in memory for the backward pass, per image."""
     weights = {p.untyped_storage().data_ptr() for p in (*frozen.parameters(), *frozen.buffers())}
     seen: dict[int, int] = {}
@@ -69,7 +72,7 @@ def bytes_per_image(frozen: Frozen, shape: tuple[int, int, int], device: torch.d
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x = torch.full((2, *shape), 0.5, device=device, requires_grad=True)
+    x = torch.full((2, *shape), 0.5, device=frozen.device, requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         kept = frozen(x)  # alive until here, so that no address is used twice
     del kept

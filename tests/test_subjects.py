@@ -1,0 +1,189 @@
+"""Models to examine: cells and foreign files, and their class distances on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_cli import arena, assert_refused
+
+from arena import subjects
+from arena.core import models
+from arena.core.registry import BadInput
+from arena.core.seeding import stream
+from arena.inverting import Question
+from arena.subjects import of_checkpoint, read_weights
+
+FEW = ("--samples", 5, "--steps", 3, "--restarts", 2, "--pairs", "0:1,2:0", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("subjects") / "store"
+    words = "run -d signs:size=400,classes=5 -m fastnet_small -a patch -D none --recipe smoke -s 0"
+    answer = arena(*words.split(), "--store", folder)
+    assert answer.code == 0, answer.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cells(store: Path) -> dict[str, str]:
+    rows = json.loads(arena("results", "--store", store, "--format", "json").out)
+    return {f"{row['attack_name']} {row['defense_name']}": row["key"] for row in rows}
+
+
+@pytest.fixture
+def network() -> models.Classifier:
+    return models.build("fastnet_small", 5, (3, 32, 32), stream(0, "foreign"))
+
+
+# -------------------------------------------------------------------------------- foreign weights
+
+
+@pytest.mark.parametrize("wrapped", ["", "state_dict", "net"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_are_found_in_usual_checkpoints(tmp_path, network, wrapped, prefix):
+    state = {prefix + name: value for name, value in network.state_dict().items()}
+    file = tmp_path / "weights.pt"
+    torch.save({wrapped: state, "epoch": 3} if wrapped else state, file)
+    found = read_weights(file)
+    assert found.keys() == network.state_dict().keys()
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    again = read_weights(tmp_path / "weights.safetensors")
+    assert subjects.digest(found) == subjects.digest(again)
+    again["body.head.weight"][0, 0] += 1
+    assert subjects.digest(found) != subjects.digest(again)
+
+
+def test_the_bare_network_is_given_the_data_s_normalisation(tmp_path, network):
+    file = tmp_path / "bare.pt"
+    torch.save(network.body.state_dict(), file)
+    subject = of_checkpoint(file, "fastnet_small", "signs:size=400,classes=5")
+    x = subject.data.train.x / 255
+    assert torch.allclose(subject.model.normalize.mean, x.mean((0, 2, 3)), atol=1e-3)
+    head = network.state_dict()["body.head.weight"]
+    assert torch.equal(subject.model.state_dict()["body.head.weight"], head)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("a stranger's code ran",))
+
+
+@pytest.mark.parametrize("content", ["text", "module", "code", "numbers", "empty", "nothing"])
+def test_what_is_no_plain_tensors_is_refused(tmp_path, network, content, capsys):
+    file = tmp_path / "weights.pt"
+    match content:
+        case "text":
+            file.write_text("hello")
+        case "module":
+            torch.save(network.body, file)
+        case "code":
+            torch.save(Harmful(), file)
+        case "numbers":
+            torch.save({"a": 1, "b": 2}, file)
+        case "empty":
+            torch.save({}, file)
+    with pytest.raises(BadInput) as told:
+        read_weights(file)
+    assert str(file) in str(told.value)
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path, network):
+    state = network.state_dict()
+    del state["body.head.weight"]
+    state["body.extra"] = torch.zeros(1)
+    state["body.whiten.bias"] = torch.full_like(state["body.whiten.bias"], torch.nan)
+    save_file(state, tmp_path / "odd.safetensors")
+    with pytest.raises(BadInput, match=r"lack body.head.weight .*unexpected body.extra .*finite"):
+        of_checkpoint(tmp_path / "odd.safetensors", "fastnet_small", "signs:size=400,classes=5")
+
+
+# ------------------------------------------------------------------------------- arena distance
+
+
+def test_distances_of_a_cell(store, cells):
+    key = cells["patch none"]
+    words = ("distance", key[:10], "--store", store, *FEW, "--asr", 0.01)
+    answer = arena(*words, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found["unit"] == "mask L1"
+    assert found["method"] == "nc"
+    assert found["encoder"] is None
+    assert len(found["classes"]) == 5
+    assert found["pairs"] == 2
+    known = {(s, t) for s in range(5) for t in range(5) if found["distances"][s][t] is not None}
+    assert known | {tuple(pair) for pair in found["unreached"]} == {(0, 1), (2, 0)}
+    assert found["also"] is None or found["also"]["mean"] == pytest.approx(3 * found["mean"])
+    assert found["seconds"] > 0
+    again = json.loads(arena(*words, "--json").out)
+    assert again == found, "computed anew, not read"
+    table = arena(*words).out
+    assert "mask L1" in table
+    assert "(2 pairs, 2 restarts each)" in table
+
+
+def test_the_improvement_over_a_baseline(store, cells):
+    one, two = cells["patch none"], cells["none none"]
+    words = ("--store", store, *FEW, "--asr", 0.01, "--json")
+    found = json.loads(arena("distance", one, "--baseline", two, *words).out)
+    other = json.loads(arena("distance", two, *words).out)
+    assert found["baseline"]["mean"] == other["mean"]
+    pairs = [(0, 1), (2, 0)]
+    ratios = [
+        found["distances"][s][t] / other["distances"][s][t] - 1
+        for s, t in pairs
+        if found["distances"][s][t] is not None and other["distances"][s][t] is not None
+    ]
+    assert found["improvement"] == pytest.approx(sum(ratios) / len(ratios))
+
+
+def test_pairs_without_a_trigger_are_no_distance(store, cells):
+    words = ("distance", cells["none none"], "--store", store, "--samples", 5, "--steps", 1)
+    answer = arena(*words, "--restarts", 1, "--pairs", "0:1", "--asr", 1.0, "--json")
+    found = json.loads(answer.out)
+    assert found["unreached"] == [[0, 1]]
+    assert found["distances"][0][1] is None
+    assert found["mean"] is None
+    table = arena(*words, "--restarts", 1, "--pairs", "0:1", "--asr", 1.0).out
+    assert "no trigger reached 100% for 1" in table
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "Name a cell, or a file of weights"),
+        (("abc",), "There is no cell 'abc'"),
+        (("--checkpoint", "x.pt"), "--checkpoint needs --model NAME and -d DATASET"),
+        (("--checkpoint", "x.pt", "-m", "fastnett", "-d", "signs"), "There is no network"),
+        (("--checkpoint", "x.pt", "-m", "fastnet", "-d", "signs"), "There is no file 'x.pt'"),
+        (("CELL", "--method", "nx"), "no trigger family 'nx'; did you mean 'nc'?"),
+        (("CELL", "--method", "nc:nudge=9"), "nudge must be at most 0.5"),
+        (("CELL", "--pairs", "0:9"), "There is no class 9; classes are 0 to 4"),
+        (("CELL", "--pairs", "2:2"), "are one class"),
+        (("CELL", "--samples", 9999), "images, but 9999 are asked for"),
+        (("CELL", "--samples", 0), "--samples must be at least 1"),
+        (("CELL", "--asr", 0), "--asr must be above 0"),
+        (("CELL", "--split", "train"), "--split must be val or test"),
+        (("CELL", "--memory", 0.00001), "One problem needs about"),
+        (("CELL", "--device", "cuda:9"), "--device cuda:9"),
+    ],
+)
+def test_bad_questions(store, cells, words, told):
+    words = [cells["none none"] if word == "CELL" else word for word in words]
+    before = sorted(path.name for path in (store / "artifacts").rglob("*"))
+    answer = arena("distance", *words, "--store", store)
+    assert_refused(answer, told)
+    assert sorted(path.name for path in (store / "artifacts").rglob("*")) == before
+
+
+def test_a_question_knows_its_family_s_settings():
+    assert Question("uap").search.rule == "sign"
+    assert Question("filter", steps=7).search.steps == 7
+    assert Question("nc", asr=0.5).search.asr == 0.5
+    assert Question("nc").search.asr == 0.9
