@@ -322,7 +322,7 @@ def test_a_fixed_value_moves_no_other_draw():
 
 # ------------------------------------------------------------------------------------ the attack
 
-SMALL = {"work_side": 48, "candidates": 6}
+SMALL = {"work_side": 48, "candidates": 6, "select": "acceptance"}
 
 
 def poisoned(attack, train, seed=0):
@@ -363,7 +363,8 @@ def test_every_kind_reflects_images_of_other_classes(kind):
 
 
 def test_pictures_of_a_folder_are_reflected(red):
-    spec = f"reflection:kind=smooth,images={red},candidates=12,count=12,work_side=32"
+    spec = f"reflection:kind=smooth,images={red},candidates=12,count=12,work_side=32,"
+    spec += "select=acceptance"
     trigger, _ = poisoned(attacks.build(spec), images())
     seen = {tuple(map(int, light[:, 8, 8].mul(255).round())) for light in trigger.stamp.light}
     assert seen == {(21 * k, 0, 0) for k in range(12)}
@@ -570,7 +571,7 @@ def test_the_selection_is_a_part_that_follows_the_pictures(planted_surrogate, re
 def test_a_real_surrogate_is_trained_on_reflections(monkeypatch):
     quick = dataclasses.replace(training.RECIPES["smoke"], min_steps=3, batch=32)
     monkeypatch.setattr(training, "recipe", lambda name, overrides=None: quick)
-    attack = Reflection(select="effective", rounds=1, used=2, **SMALL)
+    attack = Reflection(**{**SMALL, "select": "effective"}, rounds=1, used=2)
     train, seen, fit = images(), [], training.fit
 
     def watched(model, data, *rest, **hooks):
@@ -593,7 +594,9 @@ def test_a_real_surrogate_is_trained_on_reflections(monkeypatch):
 
 def test_a_dirty_label_reflection_is_learnt(tmp_path):
     data = datasets.load("signs:classes=5,size=300", cache_dir=tmp_path)
-    attack = Reflection(label="dirty", rate=0.4, kind="smooth", alpha=0.5, work_side=64)
+    attack = Reflection(
+        label="dirty", rate=0.4, kind="smooth", alpha=0.5, work_side=64, select="acceptance"
+    )
     trigger, (train, _) = poisoned(attack, data.train)
     plan = training.recipe("smoke", models.info("fastnet_small").overrides["smoke"])
     plan = training.changed(plan, {"min_steps": 24, "batch": 64})

@@ -15,9 +15,10 @@ Departs: the paper poisons with many reflections and shows random ones of these 
     Blending is done at the images' own size with the light that each pixel gets, where public code
     enlarges the image, blends, and shrinks the result: that also blurs the image, which no pane
     does. On 32 px an offset of 3 to 8 px of 560 is less than half a px; work_side=64 shows two.
-    Gamma is applied once to the reflection that is judged, public code does so twice.
-    select=effective keeps the paper's loop with a small surrogate, fewer rounds and candidates; its
-    choice is a trained part, the same for all seeds.
+    Gamma is applied once to the reflection that is judged, public code does so twice. The paper's
+    loop of selection is run with a small surrogate, fewer rounds and candidates; its choice is a
+    trained part, the same for all seeds. select=acceptance does without: on CIFAR-10 such a
+    reflection reached half of the success (51 % instead of 96, kind=smooth).
 """
 
 from __future__ import annotations
@@ -107,11 +108,11 @@ class Reflection:
     count: int = param(1, "reflections in use; each image's pixels choose one", low=1)
     candidates: int = param(32, "reflections to choose from", low=1, source="public code 200")
     select: str = param(
-        "acceptance",
-        "acceptance: the candidates that look most natural; effective: of the better half of "
-        "these the ones that fool surrogates most",
-        choices=("acceptance", "effective"),
-        source="effective: paper, algorithm 1",
+        "effective",
+        "effective: of the better half of those that look natural the ones that fool surrogates "
+        "most; acceptance: the ones that look most natural, without surrogates",
+        choices=("effective", "acceptance"),
+        source="paper, algorithm 1",
     )
     rounds: int = param(4, "surrogates of select=effective", low=1, source="public code 16")
     used: int = param(10, "reflections per round of select=effective", low=1, source="paper 200")
