@@ -52,6 +52,28 @@ DataDirOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+# A model to examine, and how triggers of it are searched.
+CellArgument = Annotated[str | None, typer.Argument(help="The first letters of a cell's key.")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option(help="Weights of your own instead of a cell's.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Their network.")]
+DatasetOption = Annotated[str | None, typer.Option("--dataset", "-d", help="Their data set.")]
+MethodOption = Annotated[
+    str, typer.Option(help="Trigger family: nc, pixel, filter, uap, cw, with fields.")
+]
+RestartsOption = Annotated[int, typer.Option(help="Searches per trigger; the smallest counts.")]
+SamplesOption = Annotated[int, typer.Option(help="Images per search.")]
+StepsOption = Annotated[
+    int | None, typer.Option(help="Passes over them; else as in the method's paper.")
+]
+AsrOption = Annotated[float | None, typer.Option(help="Success that is asked for, 0 to 1.")]
+SplitOption = Annotated[str, typer.Option(help="Images of val or test.")]
+SeedOption = Annotated[int, typer.Option("--seed", "-s", help="A seed.")]
+MemoryOption = Annotated[
+    float | None, typer.Option(help="GB that the search may take; else what is free.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 def main() -> None:
@@ -558,35 +580,25 @@ def preview(
 
 @app.command()
 def distance(
-    cell: Annotated[str | None, typer.Argument(help="The first letters of a cell's key.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of your own instead of a cell's.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Their network.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Their data set.")] = None,
-    method: Annotated[
-        str, typer.Option(help="Trigger family: nc, pixel, filter, uap, cw, with fields.")
-    ] = "nc",
+    cell: CellArgument = None,
+    checkpoint: CheckpointOption = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    method: MethodOption = "nc",
     pairs: Annotated[
         str, typer.Option(help="all, sample:20, or victim:target pairs such as 0:1,3:5.")
     ] = "all",
-    restarts: Annotated[int, typer.Option(help="Searches per pair; the smallest counts.")] = 3,
-    samples: Annotated[int, typer.Option(help="Images of the victim class per search.")] = 100,
-    steps: Annotated[
-        int | None, typer.Option(help="Passes over them; else as in the method's paper.")
-    ] = None,
-    asr: Annotated[
-        float | None, typer.Option(help="Success that a trigger must have, 0 to 1.")
-    ] = None,
+    restarts: RestartsOption = 3,
+    samples: SamplesOption = 100,
+    steps: StepsOption = None,
+    asr: AsrOption = None,
     baseline: Annotated[
         str | None, typer.Option(help="Another cell, to give the improvement over.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Images of val or test.")] = "val",
-    seed: Annotated[int, typer.Option("--seed", "-s", help="A seed.")] = 0,
-    memory: Annotated[
-        float | None, typer.Option(help="GB that the search may take; else what is free.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    split: SplitOption = "val",
+    seed: SeedOption = 0,
+    memory: MemoryOption = None,
+    device: DeviceOption = "auto",
     data_dir: DataDirOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -612,6 +624,69 @@ def distance(
             memory=None if memory is None else memory * 1e9,
         )  # fmt: skip
     print(json.dumps(found, indent=1) if as_json else listing.distances(found))
+
+
+@app.command()
+def invert(
+    target: Annotated[int, typer.Option("--target", "-t", help="Class that it leads to.")],
+    cell: CellArgument = None,
+    checkpoint: CheckpointOption = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    victim: Annotated[
+        int | None, typer.Option("--victim", "-v", help="Class that it works on; else all.")
+    ] = None,
+    method: MethodOption = "nc",
+    restarts: RestartsOption = 3,
+    samples: SamplesOption = 100,
+    steps: StepsOption = None,
+    asr: AsrOption = None,
+    prune_to: Annotated[
+        list[int] | None, typer.Option(help="Also what is left of it at so many pixels.")
+    ] = None,
+    split: SplitOption = "val",
+    seed: SeedOption = 0,
+    memory: MemoryOption = None,
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write, without an ending.")
+    ] = None,
+    data_dir: DataDirOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The smallest trigger that leads a model to a class: picture, numbers, robustness."""
+    from arena.core.inversion.families import families
+
+    families.describe(split_spec(method)[0])  # unknown names before torch is loaded
+    from arena import inverting, listing
+    from arena.gallery import figure
+    from arena.store import save_tensors, write_atomically
+
+    question = inverting.Question(method, restarts, samples, steps, asr, seed, split)
+    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
+    with _status("inverting a trigger", quiet=as_json):
+        found = inverting.inverted(
+            subject, question, victim, target, opened,
+            prune_to=prune_to or (),
+            device=_device(device),
+            memory=None if memory is None else memory * 1e9,
+        )  # fmt: skip
+    names = subject.data.classes
+    name = f"invert-{subject.digest[:12]}-{method.partition(':')[0]}-{victim}-{target}"
+    place = out or opened.root / "pictures" / name
+    picture = figure(
+        found.clean,
+        found.stamped,
+        titles=[names[int(label)] for label in found.y],
+        answers=[(names[int(one)], names[int(two)]) for one, two in found.answers],
+        heading=f"{method} trigger to {names[target]}, of {subject.name}; below: its answers",
+    )
+    write_atomically(place.with_name(f"{place.name}.png"), picture)
+    save_tensors(place.with_name(f"{place.name}.safetensors"), found.trigger)
+    files = {kind: f"{place}.{kind}" for kind in ("png", "safetensors")}
+    facts = {**found.facts, "files": files}
+    print(json.dumps(facts, indent=1) if as_json else listing.trigger(facts, names))
 
 
 def _subject(

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from arena.core import training
 from arena.core.inversion import distances as measures
-from arena.core.inversion.engine import Family, Found, Problem, Search, invert
+from arena.core.inversion.engine import Family, Found, Problem, Search, invert, stamped
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput, code_hash, short_spec, spec_of
@@ -176,6 +178,133 @@ def class_distances(
         out["baseline"] = {"model": baseline.name, "mean": before.mean, "seconds": more}
         out["improvement"] = measures.improvement(matrix.size, before.size)
     return out
+
+
+RESCALED = (0.98, 0.96, 0.88, 0.8)  # PixelBackdoor, appendix I
+ROTATED = (1, 2, 3, 4, 5)  # degrees
+
+
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """A trigger and what it does to test images that it was not inverted on."""
+
+    facts: dict[str, Any]  # JSON values
+    trigger: dict[str, Tensor]  # its variables
+    clean: Tensor  # (8, C, H, W) uint8: test images of the victim class
+    stamped: Tensor  # (8, C, H, W) uint8: the same with the trigger
+    y: Tensor  # (8,) int64: their classes
+    answers: Tensor  # (8, 2) int64: the model's, to both
+
+
+@torch.no_grad()
+def inverted(
+    subject: Subject,
+    question: Question,
+    victim: int | None,
+    target: int,
+    store: Store,
+    *,
+    prune_to: Sequence[int] = (),
+    device: str = "cpu",
+    memory: float | None = None,
+) -> Inverted:
+    """The smallest trigger of some restarts that sends `victim` (None: all) to `target`.
+
+    prune_to: numbers of pixels, the largest changes of the trigger, to be left of it.
+    Raises BadInput.
+    """
+    classes = subject.data.num_classes
+    for label in (victim, target):
+        if label is not None and not 0 <= label < classes:
+            raise BadInput(f"There is no class {label}; classes are 0 to {classes - 1}.")
+    pixels = math.prod(subject.data.shape[1:])
+    for count in prune_to:
+        if not 1 <= count <= pixels:
+            raise BadInput(f"--prune-to must be 1 to {pixels} pixels, got {count}.")
+    problems = [Problem(victim, target, restart) for restart in range(question.restarts)]
+    found, seconds = answers(subject, question, problems, store, device=device, memory=memory)
+    known = [one for one in found if one.size]
+    best = min(known, key=lambda one: one.size or 0.0) if known else max(found, key=_success)
+    family, test = question.family, subject.data.test
+    rows = (test.y == victim if victim is not None else test.y != target).nonzero().flatten()
+    own = test.take(rows)
+    x = training.to_float(own.x)
+    shown = _levels(torch.cat([stamped(family, best.trigger, part) for part in x.split(500)]))
+    change = (shown - x).abs()
+    model = subject.model.to(device)
+
+    def success(images: Tensor) -> float:
+        answers = training.logits(model, images).argmax(1).cpu()
+        return float((answers == target).double().mean())
+
+    facts: dict[str, Any] = {
+        "model": subject.name,
+        "weights": subject.digest,
+        "method": short_spec(family),
+        "victim": victim,
+        "target": target,
+        "reached": bool(known),
+        "size": best.size,
+        "unit": family.unit,
+        "asr": best.asr,
+        "test_asr": success(shown),
+        "test_images": len(own),
+        "clean_asr": success(x),
+        "pixels": int((change >= 0.5 / 255).any(1).any(0).sum()),
+        "largest_change": float(change.max()),
+        "rescaled": {f"{share:g}": success(rescaled(shown, share)) for share in RESCALED},
+        "rotated": {f"{degrees}": success(rotated(shown, degrees)) for degrees in ROTATED},
+        "pruned": {f"{count}": success(pruned(x, shown, count)) for count in prune_to},
+        "restarts": question.restarts,
+        "samples": question.samples,
+        "seed": question.seed,
+        "seconds": seconds,
+    }
+    few = slice(0, 8)
+    both = torch.stack(
+        [training.logits(model, images[few]).argmax(1).cpu() for images in (x, shown)], 1
+    )
+    plain, triggered = ((images[few] * 255).round().to(torch.uint8) for images in (x, shown))
+    return Inverted(facts, dict(best.trigger), plain, triggered, own.y[few], both)
+
+
+def _success(one: Found) -> float:
+    return one.asr
+
+
+def _levels(x: Tensor) -> Tensor:
+    return (x * 255).round().div(255)
+
+
+def pruned(x: Tensor, shown: Tensor, pixels: int) -> Tensor:
+    """The trigger on its `pixels` largest changes alone: what is left of it at a given size.
+
+    x, shown: (N, C, H, W) without and with the trigger. A pixel's change is the largest of its
+    channels, averaged over the images.
+    """
+    change = (shown - x).abs().amax(1).mean(0).flatten()
+    left = torch.zeros_like(change, dtype=torch.bool)
+    left[change.argsort(descending=True, stable=True)[:pixels]] = True
+    return torch.where(left.view(x.shape[2:]), shown, x)
+
+
+def rescaled(x: Tensor, share: float) -> Tensor:
+    """The middle of images (N, C, H, W), `share` of each side, enlarged to the whole."""
+    return _moved(x, torch.tensor([[share, 0.0, 0.0], [0.0, share, 0.0]]))
+
+
+def rotated(x: Tensor, degrees: float) -> Tensor:
+    """Images (N, C, H, W) turned about their centre; corners get the nearest pixels' colours."""
+    height, width = x.shape[2:]
+    sin, cos = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    return _moved(
+        x, torch.tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
+    )
+
+
+def _moved(x: Tensor, how: Tensor) -> Tensor:
+    grid = F.affine_grid(how[None].expand(len(x), -1, -1), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False).clamp(0, 1)
 
 
 def _also(family: Family, mean: float | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -488,3 +488,24 @@ def distances(found: Mapping[str, Any]) -> str:
             f"{found['improvement']:+.1%} against {before['model']} (mean of the pairs' ratios)"
         )
     return "\n".join(lines)
+
+
+def trigger(found: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What `arena invert` found, as lines."""
+    victim = "all classes" if found["victim"] is None else names[found["victim"]]
+    lines = [f"{found['model']}: {found['method']} trigger, {victim} to {names[found['target']]}"]
+    size = "none reached the success asked for; this is the best of them"
+    if found["reached"]:
+        size = f"{found['size']:.2f} {found['unit']}"
+    facts = {
+        "size": size,
+        "pixels changed": f"{found['pixels']}, by up to {255 * found['largest_change']:.0f} of 255",
+        "ASR inverted on": f"{found['asr']:.1%} of {found['samples']} images",
+        "ASR on test": f"{found['test_asr']:.1%} of {found['test_images']} images "
+        f"({found['clean_asr']:.1%} without)",
+    }
+    for key, unit in (("rescaled", ""), ("rotated", "°"), ("pruned", " px")):
+        if found[key]:
+            facts[f"ASR {key}"] = ", ".join(f"{k}{unit}: {v:.1%}" for k, v in found[key].items())
+    facts["picture"], facts["trigger"] = found["files"]["png"], found["files"]["safetensors"]
+    return "\n".join([*lines, "", _facts(facts)])

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_cli import arena, assert_refused
 
 from arena import subjects
 from arena.core import models
 from arena.core.registry import BadInput
 from arena.core.seeding import stream
-from arena.inverting import Question
+from arena.inverting import Question, pruned, rescaled, rotated
 from arena.subjects import of_checkpoint, read_weights
 
 FEW = ("--samples", 5, "--steps", 3, "--restarts", 2, "--pairs", "0:1,2:0", "--device", "cpu")
@@ -187,3 +187,63 @@ def test_a_question_knows_its_family_s_settings():
     assert Question("filter", steps=7).search.steps == 7
     assert Question("nc", asr=0.5).search.asr == 0.5
     assert Question("nc").search.asr == 0.9
+
+
+# ---------------------------------------------------------------------------------- arena invert
+
+
+def test_a_trigger_as_picture_and_numbers(store, cells, tmp_path):
+    key, place = cells["patch none"], tmp_path / "found"
+    words = ("--samples", 20, "--steps", 60, "--restarts", 1, "--device", "cpu", "--asr", 0.8)
+    words = ("invert", key, "-t", 0, "--store", store, *words, "-o", place, "--prune-to", 4)
+    answer = arena(*words, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found["victim"] is None
+    assert 0 <= found["clean_asr"] <= 1
+    assert list(found["rescaled"]) == ["0.98", "0.96", "0.88", "0.8"]
+    assert list(found["rotated"]) == ["1", "2", "3", "4", "5"]
+    assert list(found["pruned"]) == ["4"]
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    trigger = load_file(tmp_path / "found.safetensors")
+    assert trigger["mask"].shape == (1, 32, 32)
+    told = arena(*words).out
+    assert "all classes to" in told
+    assert "ASR on test" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("-t", 7), "There is no class 7; classes are 0 to 4"),
+        (("-t", 1, "-v", 1), "are both class 1"),
+        (("-t", 1, "--prune-to", 0), "--prune-to must be 1 to 1024 pixels, got 0"),
+    ],
+)
+def test_triggers_that_cannot_be(store, cells, words, told):
+    answer = arena("invert", cells["none none"], *words, "--store", store, "--device", "cpu")
+    assert_refused(answer, told)
+
+
+def test_what_is_left_of_a_pruned_trigger():
+    x = torch.zeros(2, 3, 2, 2)
+    shown = x.clone()
+    shown[:, 0, 0, 0], shown[:, 2, 1, 1], shown[0, 1, 0, 1] = 0.5, 0.9, 0.8
+    left = pruned(x, shown, 2)
+    assert (left[:, 0, 0, 0] == 0.5).all()
+    assert (left[:, 2, 1, 1] == 0.9).all()
+    assert left[0, 1, 0, 1] == 0  # 0.4 on average
+    assert torch.equal(pruned(x, shown, 4), shown)
+
+
+def test_rescaling_enlarges_the_middle_and_rotation_turns_about_it():
+    ramp = torch.linspace(0, 1, 20).expand(1, 1, 20, 20)
+    out = rescaled(ramp, 0.5)
+    assert float(out[0, 0, 5, 0]) == pytest.approx(float(ramp[0, 0, 0, 5]), abs=0.03)
+    assert float(out[0, 0, 5, 19]) == pytest.approx(float(ramp[0, 0, 0, 14]), abs=0.03)
+    assert torch.allclose(rescaled(ramp, 1.0), ramp, atol=1e-6)
+    turned = rotated(ramp, 90)
+    assert torch.allclose(turned.squeeze(), ramp.squeeze().T, atol=1e-5) or torch.allclose(
+        turned.squeeze(), ramp.squeeze().T.flip(0), atol=1e-5
+    )
+    assert torch.allclose(rotated(ramp, 0), ramp, atol=1e-6)
