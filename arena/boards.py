@@ -120,7 +120,13 @@ def check_names(board: Board) -> None:
     for registry, specs in ((attacks, board.attack), (defenses, board.defense)):
         for text in specs:
             name, values = split_spec(text)
-            known = [field.name for field in registry.describe(name).fields]
+            described = registry.describe(name)
+            if registry is defenses and "repairs" not in described.powers:
+                raise BadInput(
+                    f"{name} {' and '.join(described.powers)} but repairs nothing; a board's "
+                    "defenses repair models."
+                )
+            known = [field.name for field in described.fields]
             for key in values:
                 if key not in known:
                     hint = nearest(key, known) if known else "it has no fields"

@@ -23,6 +23,7 @@ from arena.core.inversion.engine import Family, Found, Problem, Search, invert, 
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput, code_hash, short_spec, spec_of
+from arena.referee.isolate import keep_freed_memory
 from arena.referee.keeping import FileCheckpoint
 from arena.store import Store, digest
 from arena.subjects import Subject
@@ -94,6 +95,7 @@ def answers(
     with store.lock(key):
         kept = store.artifact(key)
         if kept is None:
+            keep_freed_memory()
             started = time.monotonic()
             checkpoint = FileCheckpoint(store.scratch(key) / "inversion.pt")
             found = invert(

@@ -265,6 +265,16 @@ def test_the_weight_follows_the_success(frozen, images, asr, factor):
     assert seen == pytest.approx(expected)
 
 
+def test_the_size_may_wait_for_the_first_successes(frozen, images):
+    search = replace(QUICK, asr=0.0, cost=0.01, patience=3, wait=True)
+    run, state = run_of(frozen, images, search)
+    seen = []
+    for _ in range(7):
+        run._advance(state)
+        seen.append(round(float(state["cost"]), 4))
+    assert seen == [0, 0, 0.01, 0.01, 0.01, 0.015, 0.015]
+
+
 def test_updates_are_those_of_adam(frozen, images):
     run, state = run_of(frozen, images, replace(QUICK, lr=0.03), [Problem(1, 0), Problem(2, 0)])
     weight = nn.Parameter(state["free.mask"][1].clone())

@@ -63,11 +63,13 @@ class Search:
     lr: float = 0.1  # of Adam
     betas: tuple[float, float] = (0.5, 0.9)
     rule: str = "adam"  # or sign: every variable moves by lr against the sign of its slope
-    cost: float = 1e-3  # first weight on the size
+    cost: float = 1e-3  # weight on the size once it counts
+    wait: bool = False  # it counts from the first `patience` successes on, else from the start
     patience: int = 10  # passes in a row with success (without) after which the weight changes
     up: float = 1.5  # factor on the weight after successes
     down: float = 1.5**1.5  # divisor after failures
-    stall: int | None = None  # passes without a better trigger after which a problem ends
+    stall: int | None = None  # ends a problem: so many passes without a trigger smaller by 1 %,
+    # after the weight has both risen and fallen
 
 
 class Family(Protocol):
@@ -318,12 +320,15 @@ class _Run:
             "rows": rows,
             "orders": orders,
             "target": torch.tensor(problem.target),
-            "cost": torch.tensor(search.cost),
+            "cost": torch.tensor(0.0 if search.wait else search.cost),
+            "rose": torch.tensor(False),
+            "fell": torch.tensor(False),
             "passes": torch.tensor(0),
             "updates": torch.tensor(0),
             "good": torch.tensor(0),  # passes in a row with success
             "bad": torch.tensor(0),  # passes in a row without
-            "since": torch.tensor(0),  # passes since the best trigger
+            "since": torch.tensor(0),  # passes since a trigger smaller by 1 %
+            "mark": torch.tensor(torch.inf),  # its size
             "news": torch.tensor(False),  # the best trigger is newer than the last try
             "found": torch.tensor(False),  # there is a sure one
             "asr": torch.tensor(0.0, dtype=torch.float64),  # of the sure one
@@ -425,12 +430,16 @@ class _Run:
             state[f"free.{name}"] = torch.where(mask, value, state[f"free.{name}"])
         state["turns"] = state["turns"] + better
         state["passes"] = state["passes"] + live
-        state["since"] = torch.where(better, 0, state["since"] + 1)
+        smaller = better & (sizes[:, 0] < 0.99 * state["mark"])
+        state["mark"] = torch.where(smaller, sizes[:, 0], state["mark"])
+        state["since"] = torch.where(smaller, 0, state["since"] + 1)
         state["good"] = torch.where(success, state["good"] + 1, 0)
         state["bad"] = torch.where(success, 0, state["bad"] + 1)
         rises, falls = state["good"] >= search.patience, state["bad"] >= search.patience
         factor = torch.where(rises, search.up, torch.where(falls, 1 / search.down, 1.0))
-        state["cost"] = state["cost"] * factor
+        first = rises & (state["cost"] == 0)
+        state["cost"] = torch.where(first, search.cost, state["cost"] * factor)
+        state["rose"], state["fell"] = state["rose"] | rises, state["fell"] | falls
         state["good"] = torch.where(rises, 0, state["good"])
         state["bad"] = torch.where(falls, 0, state["bad"])
 
@@ -464,7 +473,8 @@ class _Run:
     def _ended(self, state: State) -> list[bool]:
         over = state["passes"] >= self.search.steps
         if self.search.stall is not None:
-            over = over | (state["found"] & (state["since"] >= self.search.stall))
+            tried = state["found"] & state["rose"] & state["fell"]
+            over = over | (tried & (state["since"] >= self.search.stall))
         return [bool(end) for end in over.tolist()]
 
     @torch.no_grad()

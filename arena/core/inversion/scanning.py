@@ -1,0 +1,60 @@
+"""Scanning: is there a class to which a suspiciously small trigger leads?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+
+from arena.core.contracts import Images, Verdict
+from arena.core.inversion.distances import anomalies, smallest_by_target, universal_problems
+from arena.core.inversion.engine import Family, Found, Search, invert, stamped
+from arena.core.inversion.frozen import Frozen
+from arena.core.registry import BadInput
+from arena.core.seeding import draw_seed
+
+
+def universal_triggers(
+    model: nn.Module,
+    family: Family,
+    clean: Images,
+    search: Search,
+    rng: Generator,
+    *,
+    classes: int,
+    restarts: int = 1,
+) -> list[Found]:
+    """Triggers from all other classes to each, on images of the clean set.
+
+    Where a class has too few images for the search's samples, fewer are used for all.
+    """
+    counts = torch.bincount(clean.y.cpu(), minlength=classes)
+    if missing := (counts == 0).nonzero().flatten().tolist():
+        raise BadInput(
+            f"The clean set has no image of class {missing[0]}; a scan needs one or more of each."
+        )
+    most = int(counts.min()) * (classes - 1)
+    fitting = Search(**{**vars(search), "samples": min(search.samples, most)})
+    problems = universal_problems(classes, restarts)
+    seed = draw_seed(rng)
+    return invert(Frozen(model), family, problems, clean, fitting, seed=seed, what="scanning")
+
+
+def verdict(family: Family, found: Sequence[Found], classes: int, shape: Sequence[int]) -> Verdict:
+    """The class whose universal trigger is unusually small, by Neural Cleanse's anomaly index."""
+    sizes = smallest_by_target(found, classes)
+    anomaly = anomalies(sizes)
+    target = anomaly.flagged[0] if anomaly.flagged else None
+    return Verdict(anomaly.score, target, anomaly.index, picture(family, found, target, shape))
+
+
+def picture(
+    family: Family, found: Sequence[Found], target: int | None, shape: Sequence[int]
+) -> Tensor | None:
+    """(C, H, W) in [0, 1]: the smallest trigger to `target` on a black image."""
+    own = [one for one in found if one.problem.target == target and one.size]
+    if not own:
+        return None
+    best = min(own, key=lambda one: one.size or 0.0)
+    return stamped(family, best.trigger, torch.zeros(1, *shape))[0]
