@@ -689,6 +689,44 @@ def invert(
     print(json.dumps(facts, indent=1) if as_json else listing.trigger(facts, names))
 
 
+@app.command()
+def scan(
+    cell: CellArgument = None,
+    checkpoint: CheckpointOption = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    method: Annotated[str, typer.Option(help="See `arena list scanners`.")] = "nc",
+    clean_share: Annotated[
+        float, typer.Option(help="Share of the training images that the scanner gets, 0 to 1.")
+    ] = 0.05,
+    device: DeviceOption = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The trigger's picture.")] = None,
+    data_dir: DataDirOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Whether a model has a backdoor: verdict, anomaly index per class, the trigger's picture."""
+    from arena import listing, scanning
+
+    scanning.check(method)  # unknown names before any model is read
+    from arena.gallery import png
+    from arena.store import write_atomically
+
+    if not 0 < clean_share <= 1:
+        raise BadInput(f"--clean-share must be above 0 and at most 1, got {clean_share:g}.")
+    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
+    with _status("scanning", quiet=as_json):
+        found, trigger = scanning.scan(
+            subject, method, opened, clean_share=clean_share, device=_device(device)
+        )
+    if trigger is not None:
+        name = f"scan-{subject.digest[:12]}-{method.partition(':')[0]}.png"
+        path = out or opened.root / "pictures" / name
+        write_atomically(path, png((trigger * 255).round().byte()))
+        found["picture"] = str(path)
+    print(json.dumps(found, indent=1) if as_json else listing.verdict(found))
+
+
 def _subject(
     cell: str | None,
     checkpoint: Path | None,

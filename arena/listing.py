@@ -509,3 +509,24 @@ def trigger(found: Mapping[str, Any], names: Sequence[str]) -> str:
             facts[f"ASR {key}"] = ", ".join(f"{k}{unit}: {v:.1%}" for k, v in found[key].items())
     facts["picture"], facts["trigger"] = found["files"]["png"], found["files"]["safetensors"]
     return "\n".join([*lines, "", _facts(facts)])
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """What `arena scan` found, as lines."""
+    said = "no class stands out"
+    if found["backdoored"]:
+        said = f"backdoored: class {found['target']} ({found['target_name']}) is suspected"
+    lines = [
+        f"{found['model']}: {said}",
+        f"{found['method']}: score {found['score']:.2f}, suspicious above {found['threshold']:g}; "
+        f"{found['clean_images']} clean images, {found['budget']['seconds']:.0f} s",
+        "",
+    ]
+    wide = max(map(len, found["classes"]))
+    for name, index in zip(found["classes"], found["per_class"] or [], strict=False):
+        said = "no trigger" if index is None else f"{index:6.2f}"
+        mark = " <" if index is not None and index > found["threshold"] else ""
+        lines.append(f"  {name:<{wide}}  {said}{mark}")
+    if "picture" in found:
+        lines += ["", f"trigger: {found['picture']}"]
+    return "\n".join(lines)

@@ -30,6 +30,8 @@ class Subject:
     data: Dataset
     name: str
     digest: str  # of its weights
+    seed: int = 0  # of the cell
+    poisoned: Tensor | None = None  # rows of the training set that a defender never gets
 
 
 def of_cell(store: Store, prefix: str, data_dir: Path | None = None) -> Subject:
@@ -50,7 +52,10 @@ def of_cell(store: Store, prefix: str, data_dir: Path | None = None) -> Subject:
         )
     name = f"{record['attack']['short']} / {record['defense']['short']}, seed {record['seed']}"
     weights = artifact.tensors("weights")
-    return Subject(_filled(record["model"], data, weights, key[:12]), data, name, digest(weights))
+    model = _filled(record["model"], data, weights, key[:12])
+    victim = store.artifact(record["parents"]["victim"])
+    rows = None if victim is None else victim.tensors("poisoned")["rows"]
+    return Subject(model, data, name, digest(weights), int(record["seed"]), rows)
 
 
 def of_checkpoint(file: Path, model: str, dataset: str, data_dir: Path | None = None) -> Subject:

@@ -247,3 +247,39 @@ def test_rescaling_enlarges_the_middle_and_rotation_turns_about_it():
         turned.squeeze(), ramp.squeeze().T.flip(0), atol=1e-5
     )
     assert torch.allclose(rotated(ramp, 0), ramp, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ arena scan
+
+
+def test_a_verdict_on_a_cell(store, cells, tmp_path):
+    words = ("scan", cells["patch none"], "--store", store, "--device", "cpu", "--clean-share", 0.2)
+    words = (*words, "--method", "nc:steps=40,samples=16", "-o", tmp_path / "trigger.png")
+    answer = arena(*words, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found["threshold"] == 2
+    assert len(found["per_class"]) == 5
+    assert found["backdoored"] == (found["score"] > 2)
+    assert (found["target"] is None) == (not found["backdoored"])
+    assert (tmp_path / "trigger.png").exists() == found["backdoored"]
+    assert found["budget"]["backward_images"] > 0
+    assert 50 < found["clean_images"] < 90
+    told = arena(*words).out
+    assert "suspicious above 2" in told
+    assert found["classes"][4] in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--method", "pixl"), "There is no scanner 'pixl'; did you mean 'pixel'?"),
+        (("--method", "finetune"), "finetune repairs but scans nothing; scanners: nc"),
+        (("--method", "nc:asr=2"), "asr must be at most 1"),
+        (("--clean-share", 0), "--clean-share must be above 0"),
+        (("--clean-share", 0.01), "clean set"),
+    ],
+)
+def test_scans_that_cannot_be(store, cells, words, told):
+    answer = arena("scan", cells["none none"], *words, "--store", store, "--device", "cpu")
+    assert_refused(answer, told)

@@ -134,6 +134,28 @@ def repair(job: Job, line: Line) -> dict[str, Any]:
     return {"budget": {**budget, "clean_images": len(clean)}}
 
 
+def scan(job: Job, line: Line) -> dict[str, Any]:
+    """Ask a scanner about a model, with a clean set."""
+    device, folder = _start(job), Path(job["folder"])
+    method = defenses.build(job["spec"])
+    model = _network(job, job["weights"]).to(device)
+    tensors = load_tensors(Path(job["clean"]))
+    clean = Images(tensors["x"], tensors["y"])
+    models.passes.reset()
+    started = time.monotonic()
+    found = method.scan(model, clean, stream(int(job["seed"]), "scan", job["spec"]))
+    if found.trigger is not None:
+        save_tensors(folder / "trigger.safetensors", {"trigger": found.trigger.cpu()})
+    each = None if found.per_class is None else found.per_class.double().cpu().tolist()
+    return {
+        "score": float(found.score),
+        "target": found.target,
+        "per_class": each,
+        "pictured": found.trigger is not None,
+        "budget": {**_budget(device, started), "clean_images": len(clean)},
+    }
+
+
 def measure(job: Job, line: Line) -> dict[str, Any]:
     """The referee's own figures for one model on the whole test set and on its triggered form."""
     device = _start(job)
@@ -277,5 +299,6 @@ def _peak_memory(device: torch.device) -> float | None:
 JOBS: dict[str, Callable[[Job, Line], dict[str, Any]]] = {
     "attack": attack,
     "repair": repair,
+    "scan": scan,
     "measure": measure,
 }
