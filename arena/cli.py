@@ -712,8 +712,6 @@ def scan(
     from arena.gallery import png
     from arena.store import write_atomically
 
-    if not 0 < clean_share <= 1:
-        raise BadInput(f"--clean-share must be above 0 and at most 1, got {clean_share:g}.")
     opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
     with _status("scanning", quiet=as_json):
         found, trigger = scanning.scan(
@@ -725,6 +723,49 @@ def scan(
         write_atomically(path, png((trigger * 255).round().byte()))
         found["picture"] = str(path)
     print(json.dumps(found, indent=1) if as_json else listing.verdict(found))
+
+
+@app.command()
+def detect(
+    cell: Annotated[str, typer.Argument(help="The first letters of a cell's key.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="See `arena list detectors`; default: all of them.")
+    ] = None,
+    level: Annotated[
+        list[str] | None, typer.Option(help="shallow, middle or deep; default: each of them.")
+    ] = None,
+    n: Annotated[list[int] | None, typer.Option("--n", help="Inputs; default: 100, 500.")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Triggered to clean ones; default: 1.0, 0.1.")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Sets of inputs that figures are means of.")] = 3,
+    clean_share: Annotated[
+        float, typer.Option(help="Share of the training images that detectors get, 0 to 1.")
+    ] = 0.01,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    data_dir: DataDirOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Whether detectors tell a cell's triggered inputs from clean ones: F1, precision, AUROC."""
+    from arena import detecting, listing
+
+    for name in method or ():
+        detecting.check(name)  # unknown names before any model is read
+    question = detecting.Question(
+        method or detecting.detectors(),
+        level or detecting.LEVELS,
+        n or (100, 500),
+        ratio or (1.0, 0.1),
+        draws,
+        clean_share,
+    )
+    opened = _open_store(store)
+    with _status("detecting", quiet=as_json):
+        inputs = detecting.inputs_of(opened, cell, data_dir)
+        found = detecting.detect(inputs, question, opened, device=_device(device), seed=seed)
+    print(json.dumps(found, indent=1) if as_json else listing.detections(found))
 
 
 def _subject(

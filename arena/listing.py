@@ -530,3 +530,25 @@ def verdict(found: Mapping[str, Any]) -> str:
     if "picture" in found:
         lines += ["", f"trigger: {found['picture']}"]
     return "\n".join(lines)
+
+
+def detections(found: Mapping[str, Any]) -> str:
+    """What `arena detect` found, as a table."""
+    lines = [
+        f"{found['model']}: inputs with the answer {found['target_name']!r}, "
+        f"means of {found['draws']} draws",
+        "",
+        f"{'method':<24}{'level':<9}{'n':>5}{'ratio':>7}{'F1':>8}{'±':>7}{'all':>7}"
+        f"{'prec.':>8}{'recall':>8}{'AUROC':>8}",
+    ]
+    for row in found["rows"]:
+        spread = "" if row["f1_spread"] is None else f"{row['f1_spread']:.3f}"
+        lines.append(
+            f"{row['method'][:23]:<24}{row['level']:<9}{row['n']:>5}{row['ratio']:>7g}"
+            f"{row['f1']:>8.3f}{spread:>7}{row['everything']:>7.3f}"
+            f"{row['precision']:>8.3f}{row['recall']:>8.3f}{row['auroc']:>8.3f}"
+        )
+    rules = {row["method"]: row["rule"] for row in found["rows"]}
+    lines += ["", "all: F1 of flagging everything. Flags are set by what nobody knows in practice:"]
+    lines += [f"  {name}: {rule}" for name, rule in rules.items()]
+    return "\n".join(lines)

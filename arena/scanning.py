@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from arena import data as datasets
 from arena.core.inversion.distances import ANOMALY
-from arena.core.progress import report
 from arena.core.registry import BadInput, defenses, nearest, short_spec, spec_of
-from arena.core.seeding import stream
-from arena.referee import isolate
-from arena.store import Store, digest, load_tensors, save_tensors
-from arena.subjects import Subject
+from arena.store import Store
+from arena.subjects import Subject, ask
 
 
 def scanners() -> list[str]:
@@ -47,48 +40,8 @@ def scan(
     The clean set is the one that a defense of the cell would get. Raises BadInput.
     """
     method, data = defenses.build(text), subject.data
-    rows = subject.poisoned
-    exclude = None if rows is None else rows[rows < len(data.train)]
-    try:
-        chosen = datasets.draw_clean(
-            data.train.y, clean_share, stream(subject.seed, "clean"), exclude=exclude
-        )
-    except ValueError as error:
-        raise BadInput(f"{error}.") from None
-    store.create()
-    folder = store.scratch(digest([subject.digest, spec_of(method), clean_share])) / "job"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    clean = data.train.take(chosen)
-    save_tensors(folder / "clean.safetensors", {"x": clean.x, "y": clean.y})
-    save_tensors(folder / "model.safetensors", subject.model.state_dict())
-    job = {
-        "job": "scan",
-        "folder": str(folder),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "seed": subject.seed,
-        "model": subject.model.spec.name,
-        "classes": data.num_classes,
-        "shape": list(data.shape),
-        "spec": spec_of(method),
-        "weights": str(folder / "model.safetensors"),
-        "clean": str(folder / "clean.safetensors"),
-    }
-    try:
-        found = isolate.run(
-            job,
-            logfile=folder / "scan.log",
-            on_event=lambda event: report(
-                event["what"], event["done"], event["total"], **event.get("figures", {})
-            ),
-        )
-    except isolate.Failed as error:
-        raise BadInput(f"{short_spec(method)} failed: {error}.") from error
-    trigger = None
-    if found["pictured"]:
-        trigger = load_tensors(Path(folder) / "trigger.safetensors")["trigger"]
-    shutil.rmtree(folder, ignore_errors=True)
+    question = {"spec": spec_of(method)}
+    found, written = ask(subject, "scan", question, store, clean_share=clean_share, device=device)
     each = found["per_class"]
     return {
         "model": subject.name,
@@ -101,7 +54,7 @@ def scan(
         "target_name": None if found["target"] is None else data.classes[found["target"]],
         "per_class": None if each is None else [None if math.isnan(v) else v for v in each],
         "classes": list(data.classes),
-        "clean_images": len(clean),
+        "clean_images": found["budget"]["clean_images"],
         "seed": subject.seed,
         "budget": found["budget"],
-    }, trigger
+    }, written.get("trigger")

@@ -1,8 +1,12 @@
-"""Models to examine: from a cell of a store, or from a file of weights that somebody else made."""
+"""Models to examine: from a cell of a store, or from a file of weights that somebody else made.
+
+Methods that examine them run in processes of their own, which hold the model and a clean set only.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +18,13 @@ from torch import Tensor
 from arena import data as datasets
 from arena.core import models
 from arena.core.models import Classifier
+from arena.core.progress import report
 from arena.core.registry import BadInput
 from arena.core.seeding import stream
 from arena.data import Dataset
-from arena.store import Store, load_tensors
+from arena.referee import isolate
+from arena.store import Store, load_tensors, save_tensors
+from arena.store import digest as json_digest
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # where checkpoints hide weights
 
@@ -71,6 +78,69 @@ def of_checkpoint(file: Path, model: str, dataset: str, data_dir: Path | None = 
     weights = read_weights(file)
     data = datasets.load(dataset, data_dir=data_dir)
     return Subject(_filled(model, data, weights, file.name), data, file.name, digest(weights))
+
+
+def ask(
+    subject: Subject,
+    kind: str,
+    question: Mapping[str, Any],
+    store: Store,
+    *,
+    clean_share: float,
+    device: str,
+    sets: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Do a worker's job about a model, with the clean set that a defense of its cell would get.
+
+    kind, question: the job and its own settings (`arena.referee.worker`); sets: tensors for it.
+    Returns its answer and the tensors that it wrote. Raises BadInput where it fails.
+    """
+    data, rows = subject.data, subject.poisoned
+    if not 0 < clean_share <= 1:
+        raise BadInput(f"--clean-share must be above 0 and at most 1, got {clean_share:g}.")
+    try:
+        chosen = datasets.draw_clean(
+            data.train.y,
+            clean_share,
+            stream(subject.seed, "clean"),
+            exclude=None if rows is None else rows[rows < len(data.train)],
+        )
+    except ValueError as error:
+        raise BadInput(f"{error}.") from None
+    clean = data.train.take(chosen)
+    store.create()
+    folder = store.scratch(json_digest([kind, subject.digest, question, clean_share])) / "job"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    parts = {"clean": {"x": clean.x, "y": clean.y}, "model": subject.model.state_dict()}
+    for name, tensors in (parts | ({"sets": sets} if sets else {})).items():
+        save_tensors(folder / f"{name}.safetensors", tensors)
+    job = {
+        "job": kind,
+        "folder": str(folder),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seed": subject.seed,
+        "model": subject.model.spec.name,
+        "classes": data.num_classes,
+        "shape": list(data.shape),
+        "weights": str(folder / "model.safetensors"),
+        "clean": str(folder / "clean.safetensors"),
+        "sets": str(folder / "sets.safetensors"),
+        **question,
+    }
+    try:
+        answer = isolate.run(
+            job,
+            logfile=folder / f"{kind}.log",
+            on_event=lambda event: report(event["what"], event["done"], event["total"]),
+        )
+        written = folder / "out.safetensors"
+        return answer, load_tensors(written) if written.exists() else {}
+    except isolate.Failed as error:
+        raise BadInput(f"{kind} failed: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

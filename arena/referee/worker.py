@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from arena.core import metrics, models, parts, poisoning, training
 from arena.core.contracts import ControlsTraining, Images, Trigger
 from arena.core.mmd import mmd_report
+from arena.core.progress import report
 from arena.core.recipes import recipe_for
 from arena.core.registry import BadInput, attacks, defenses
 from arena.core.seeding import stream
@@ -145,15 +146,35 @@ def scan(job: Job, line: Line) -> dict[str, Any]:
     started = time.monotonic()
     found = method.scan(model, clean, stream(int(job["seed"]), "scan", job["spec"]))
     if found.trigger is not None:
-        save_tensors(folder / "trigger.safetensors", {"trigger": found.trigger.cpu()})
+        save_tensors(folder / "out.safetensors", {"trigger": found.trigger.cpu()})
     each = None if found.per_class is None else found.per_class.double().cpu().tolist()
     return {
         "score": float(found.score),
         "target": found.target,
         "per_class": each,
-        "pictured": found.trigger is not None,
         "budget": {**_budget(device, started), "clean_images": len(clean)},
     }
+
+
+def detect(job: Job, line: Line) -> dict[str, Any]:
+    """Have a detector score sets of inputs; which of them are stamped, it is not told."""
+    device, folder = _start(job), Path(job["folder"])
+    model = _network(job, job["weights"]).to(device)
+    tensors = load_tensors(Path(job["clean"]))
+    clean = Images(tensors["x"], tensors["y"])
+    sets = load_tensors(Path(job["sets"]))
+    found: dict[str, Tensor] = {}
+    for place, spec in enumerate(job["specs"]):
+        method = defenses.build(spec)
+        for name, x in sorted(sets.items()):
+            rng = stream(int(job["seed"]), "detect", spec, name)
+            scores = method.score(model, x, clean, rng).float().cpu()
+            if scores.shape != (len(x),) or not torch.isfinite(scores).all():
+                raise ValueError(f"{spec} gave no finite score for each of {len(x)} inputs")
+            found[f"{place}.{name}"] = scores
+            report("detecting", len(found), len(job["specs"]) * len(sets))
+    save_tensors(folder / "out.safetensors", found)
+    return {}
 
 
 def measure(job: Job, line: Line) -> dict[str, Any]:
@@ -300,5 +321,6 @@ JOBS: dict[str, Callable[[Job, Line], dict[str, Any]]] = {
     "attack": attack,
     "repair": repair,
     "scan": scan,
+    "detect": detect,
     "measure": measure,
 }

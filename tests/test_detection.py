@@ -1,0 +1,182 @@
+"""Detectors: features of two kinds are told apart, and of one kind not; the figures by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import arena, assert_refused
+from test_scanning import CLASSES, SIDE, clean, model_with
+
+from arena import detecting
+from arena.core import detection
+from arena.core.contracts import Detects, Images
+from arena.core.registry import BadInput, defenses
+from arena.core.seeding import stream
+from arena.defenses import spectral, subspace
+
+DETECTORS = detecting.detectors()
+
+
+@pytest.fixture(params=DETECTORS)
+def detector(request):
+    return defenses.build(request.param)
+
+
+def mixed(strength: float, n: int = 60, stamped: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of class 0; on some of them a wide bright band, `strength` levels of it."""
+    images = clean(n * CLASSES, seed=1)
+    x = images.x[images.y == 0][:n].clone()
+    truth = torch.arange(n) < stamped
+    band = x[truth].float()
+    band[:, :, :, : SIDE // 2] += strength
+    x[truth] = band.clamp(0, 255).byte()
+    return x, truth
+
+
+# ---------------------------------------------------------------------------------- the figures
+
+
+def test_figures_by_hand():
+    stamped = torch.tensor([True, True, True, False, False])
+    flagged = torch.tensor([True, True, False, True, False])
+    scores = torch.tensor([0.9, 0.8, 0.1, 0.5, 0.2])
+    found = detection.scored(flagged, scores, stamped)
+    assert found.precision == pytest.approx(2 / 3)
+    assert found.recall == pytest.approx(2 / 3)
+    assert found.f1 == pytest.approx(2 / 3)
+    assert found.auroc == pytest.approx(4 / 6)  # of six pairs, two are the wrong way round
+    none = detection.scored(torch.zeros(5, dtype=torch.bool), scores, stamped)
+    assert (none.f1, none.precision, none.recall) == (0, 0, 0)
+
+
+def test_flagging_everything_is_no_detection():
+    assert detection.flagging_everything(1.0) == pytest.approx(2 / 3)
+    assert detection.flagging_everything(0.1) == pytest.approx(2 * (1 / 11) / (12 / 11))
+
+
+def test_the_best_threshold_and_the_highest_scores():
+    stamped = torch.tensor([False, True, True, False, True])
+    scores = torch.tensor([0.5, 0.9, 0.4, 0.1, 0.3])
+    best = detection.best_threshold(scores, stamped)
+    assert best.tolist() == [True, True, True, False, True]  # F1 6/7, of all thresholds the best
+    assert detection.highest(scores, 2).tolist() == [True, True, False, False, False]
+    equal = torch.full((5,), 0.5)  # no threshold lies between equal scores
+    assert detection.best_threshold(equal, stamped).all()
+
+
+# -------------------------------------------------------------------------------- the detectors
+
+
+@pytest.mark.parametrize("level", ["shallow", "middle", "deep"])
+def test_what_looks_different_inside_is_told_apart(detector, level):
+    x, truth = mixed(120.0)
+    fields = {"components": 3} if detector.method_name == "activation_clustering" else {}
+    method = type(detector)(level=level, **fields)  # 20 components of 60 inputs are mostly noise
+    model, trusted = model_with(0.0), clean(80)
+    scores = method.score(model, x, trusted, stream(0, "score"))
+    assert isinstance(method, Detects)
+    assert scores.shape == (60,)
+    assert detecting.judged(method, scores, truth)["f1"] == 1
+    again = method.score(model, x, trusted, stream(0, "score"))
+    assert torch.equal(scores, again)
+
+
+def test_what_looks_alike_is_not(detector):
+    x, truth = mixed(0.0, n=90, stamped=30)
+    scores = detector.score(model_with(0.0), x, clean(80), stream(0, "score"))
+    found = detecting.judged(detector, scores, truth)
+    assert found["f1"] < 0.75
+    assert 0.2 < found["auroc"] < 0.8
+
+
+def test_too_few_inputs_are_refused(detector):
+    x, _ = mixed(0.0)
+    few = clean(80).take(torch.arange(1)) if detector.method_name == "subspace" else clean(80)
+    x = x if detector.method_name == "subspace" else x[:1]
+    with pytest.raises(BadInput, match=r"needs \d .* or more, got 1"):
+        detector.score(model_with(0.0), x, few, stream(0, "score"))
+
+
+def test_spectral_scores_are_squares_along_the_first_direction(monkeypatch):
+    found = torch.tensor([[3.0, 0.1], [-1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+    expected = (found - found.mean(0)) @ torch.linalg.svd(found - found.mean(0)).Vh[0]
+
+    monkeypatch.setattr(spectral, "flat_features", lambda model, x, level: found)
+    scores = spectral.Spectral().score(None, torch.zeros(4), None, stream(0))
+    assert torch.allclose(scores, expected.square().float(), atol=1e-5)
+
+
+def test_a_subspace_holds_the_energy_asked_for(monkeypatch):
+
+    trusted = torch.tensor(
+        [[10.0, 0, 0], [-10, 0, 0], [0, 3, 0], [0, -3, 0], [0, 0, 1], [0, 0, -1]]
+    )
+    seen = torch.tensor([[5.0, 0, 0], [0, 5, 0], [0, 3, 4]])
+    tables = iter([trusted, seen])
+    monkeypatch.setattr(subspace, "flat_features", lambda model, x, level: next(tables))
+    scores = subspace.Subspace(energy=0.9).score(None, seen, Images(trusted, trusted), stream(0))
+    assert scores.tolist() == pytest.approx([0, 5, 5])  # the first direction has 91 % of it
+    tables = iter([trusted, seen])
+    scores = subspace.Subspace(energy=0.95).score(None, seen, Images(trusted, trusted), stream(0))
+    assert scores.tolist() == pytest.approx([0, 0, 4])
+
+
+# --------------------------------------------------------------------------------- arena detect
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    store = tmp_path_factory.mktemp("detect") / "store"
+    words = "run -d signs:size=1500,classes=5 -m fastnet_small -a patch -a patch:mode=all_to_all"
+    answer = arena(*words.split(), "-D", "none", "--recipe", "smoke", "--store", store)
+    assert answer.code in (0, 1), answer.err
+    rows = json.loads(arena("results", "--store", store, "--format", "json").out)
+    return store, {row["attack_short"]: row["key"] for row in rows if row["defense_name"] == "none"}
+
+
+def test_detectors_on_a_cell(cells):
+    store, keys = cells
+    words = ("detect", keys["patch"], "--store", store, "--device", "cpu", "--clean-share", 0.1)
+    words = (*words, "--n", 20, "--draws", 2, "--ratio", 1.0, "--ratio", 0.25)
+    answer = arena(*words, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert len(found["rows"]) == 3 * 3 * 2
+    for row in found["rows"]:
+        assert row["rule"].startswith("oracle")
+        assert 0 <= row["f1"] <= 1
+        assert row["everything"] == pytest.approx(2 / 3 if row["ratio"] == 1 else 1 / 3)
+    assert {row["level"] for row in found["rows"]} == {"shallow", "middle", "deep"}
+    told = arena(*words, "--level", "deep").out
+    assert "all: F1 of flagging everything" in told
+    assert told.count("deep") == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--method", "spectrl"), "There is no detector 'spectrl'; did you mean 'spectral'?"),
+        (("--method", "finetune"), "finetune repairs but detects nothing"),
+        (("--level", "deepest"), "There is no feature level 'deepest'"),
+        (("--n", 3), "--n must be at least 4"),
+        (("--ratio", 0), "--ratio must be above 0"),
+        (("--draws", 0), "--draws must be at least 1"),
+        (("--n", 5000), "lower --n"),
+        (("--n", 20, "--clean-share", 2), "--clean-share must be above 0 and at most 1"),
+    ],
+)
+def test_questions_that_cannot_be(cells, words, told):
+    store, keys = cells
+    answer = arena("detect", keys["patch"], *words, "--store", store, "--device", "cpu")
+    assert_refused(answer, told)
+
+
+def test_cells_without_one_target_are_refused(cells):
+    store, keys = cells
+    answer = arena("detect", keys["none"], "--store", store)
+    assert_refused(answer, "has no triggered images to detect")
+    answer = arena("detect", keys["patch:mode=all_to_all"], "--store", store)
+    assert_refused(answer, "more than one target class")
