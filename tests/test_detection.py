@@ -107,6 +107,20 @@ def test_spectral_scores_are_squares_along_the_first_direction(monkeypatch):
     monkeypatch.setattr(spectral, "flat_features", lambda model, x, level: found)
     scores = spectral.Spectral().score(None, torch.zeros(4), None, stream(0))
     assert torch.allclose(scores, expected.square().float(), atol=1e-5)
+    scores = spectral.Spectral(form="released").score(None, torch.zeros(4), None, stream(0))
+    direction = torch.linalg.svd(found - found.mean(0)).Vh[0]
+    assert torch.allclose(scores, (found @ direction).abs(), atol=1e-5)
+
+
+def test_halves_are_told_apart_by_the_released_form_alone():
+    x, truth = mixed(120.0, n=60, stamped=30)
+    found = {}
+    for form in ("paper", "released"):
+        method = spectral.Spectral(form=form, level="shallow")
+        scores = method.score(model_with(0.0), x, clean(80), stream(0, "score"))
+        found[form] = detecting.judged(method, scores, truth)["f1"]
+    assert found["released"] == 1
+    assert found["paper"] < 0.8
 
 
 def test_a_subspace_holds_the_energy_asked_for(monkeypatch):
