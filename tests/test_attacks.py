@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from PIL import Image
 
 from arena.attacks.blend import Blend
 from arena.attacks.patch import Patch, polygon_mask
-from arena.core import poisoning
-from arena.core.contracts import Images, Trigger
+from arena.core import parts, poisoning
+from arena.core.contracts import Images, Poisoned, Trigger
 from arena.core.registry import BadInput, attacks, spec_of
 from arena.core.seeding import stream
+from arena.referee.keeping import StoreKeeper
+from arena.store import Store
 
 
 def images(n=120, classes=10, channels=3, height=32, width=32):
@@ -86,6 +89,20 @@ def test_an_attack_says_what_it_is(name):
 def test_a_full_spec_builds_the_same_attack(name):
     attack = attacks.build(name)
     assert attacks.build(spec_of(attack)) == attack
+
+
+def first_batch(data, *args, on_batch, **more):
+    on_batch(Images(data.x[:8] / 255, data.y[:8]), stream(0, "batch"))
+
+
+def test_what_an_attack_trains_fits_into_a_store(small, tmp_path):
+    train = images()
+    for _ in range(2):  # the second time it is found
+        with parts.kept(StoreKeeper(Store(tmp_path))):
+            trigger = small.prepare(train, stream(0, "trigger"))
+            data, rows = small.poison(train, trigger, stream(0, "poison"))
+            if hasattr(small, "mask_updates"):  # it is trained when the first batch comes
+                small.train(partial(first_batch, data), Poisoned(data, rows), trigger, stream(0))
 
 
 def test_poisoning_changes_only_the_rows_it_names(small):

@@ -20,7 +20,7 @@ from arena.core.networks import Network
 from arena.core.progress import listening
 from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
-from arena.core.steganography import Plan, Steganograph, fitted, measured, rounded
+from arena.core.steganography import Plan, Steganograph, fitted, measured
 
 QUICK = {"bits": 3, "updates": 4, "secret_updates": 2}
 UNIVERSAL = {
@@ -63,14 +63,6 @@ def test_the_networks_take_any_size(shape):
     assert hidden.shape == x.shape
     assert 0 <= hidden.min() <= hidden.max() <= 1
     assert pair.decoder(hidden).shape == (2, 5)
-
-
-def test_rounding_is_to_8_bits_and_lets_the_gradient_through():
-    x = torch.tensor([0.0, 0.3, 0.5, 1.0], requires_grad=True)
-    out = rounded(x)
-    assert torch.allclose(out * 255, torch.tensor([0.0, 76.0, 128.0, 255.0]), atol=1e-4)
-    (out * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
-    assert x.grad.tolist() == [1, 2, 3, 4]
 
 
 def test_the_image_losses_set_in_gradually():

@@ -25,6 +25,7 @@ from arena.core.adversarial import split_held
 from arena.core.contracts import Images
 from arena.core.progress import report
 from arena.core.seeding import draw_seed, seeded_globals, stream
+from arena.core.triggers import rounded
 
 ROUND = 100  # updates between two checkpoints
 BATCH = 64  # images per update
@@ -115,11 +116,6 @@ def _as_large(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:])  # nearest
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Images in [0, 1] at 8 bits; the gradient passes as if they had not been rounded."""
-    return x + ((x * 255).round() / 255 - x).detach()
-
-
 def steganograph(train: Images, plan: Plan) -> Steganograph:
     """The pair for images like `train` (uint8), trained once per data set and plan (a kept part).
 
@@ -130,7 +126,7 @@ def steganograph(train: Images, plan: Plan) -> Steganograph:
 
     def make(rng: Generator, checkpoint: training.Checkpoint | None) -> Mapping[str, Tensor]:
         pair = fitted(train, plan, rng, checkpoint)
-        accuracy, ratio = pair.figures
+        accuracy, ratio = (figure.clone() for figure in pair.figures)  # files share no memory
         return {**pair.state_dict(), "figure.bit_accuracy": accuracy, "figure.psnr": ratio}
 
     part = parts.trained("encoder", asdict(plan), train, make)
