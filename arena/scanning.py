@@ -49,7 +49,7 @@ def scan(
         "method": short_spec(method),
         "backdoored": found["target"] is not None,
         "score": found["score"],
-        "threshold": ANOMALY,
+        "threshold": getattr(method, "threshold", ANOMALY),
         "target": found["target"],
         "target_name": None if found["target"] is None else data.classes[found["target"]],
         "per_class": None if each is None else [None if math.isnan(v) else v for v in each],

@@ -30,9 +30,29 @@ class NC(Family):
         source="MOTH's code",
     )  # fmt: skip
 
+    start: str = param(
+        "random",
+        "random: mask and pattern are noise; centre: a square of 50/224 of the sides is covered",
+        choices=("random", "centre"),
+        source="centre: K-arm, for label-specific triggers",
+    )
+    colours: str = param(
+        "each",
+        "each: every pixel has its own; one: the pattern has one colour",
+        choices=("each", "one"),
+        source="one: K-arm, for label-specific triggers",
+    )
+
     def begin(self, x: Tensor, rng: Generator) -> State:
-        mask = torch.rand(1, *x.shape[2:], generator=rng)
-        pattern = torch.rand(x.shape[1:], generator=rng)
+        channels, height, width = x.shape[1:]
+        mask = torch.rand(1, height, width, generator=rng)
+        if self.start == "centre":
+            tall, wide = (max(1, round(side * 50 / 224)) for side in (height, width))
+            top, left = (height - tall) // 2, (width - wide) // 2
+            mask = torch.full_like(mask, 0.01)
+            mask[:, top : top + tall, left : left + wide] = 0.99
+        one = self.colours == "one"
+        pattern = torch.rand(channels, *((1, 1) if one else (height, width)), generator=rng)
         return {"mask": _free(mask), "pattern": _free(pattern)}
 
     def stamp(self, at: State, x: Tensor) -> Tensor:

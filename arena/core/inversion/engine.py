@@ -495,6 +495,55 @@ class _Run:
             )
 
 
+class Arms:
+    """Problems that somebody advances a pass at a time, a few of them or all, as in a bandit."""
+
+    def __init__(
+        self,
+        model: Frozen,
+        family: Family,
+        problems: Sequence[Problem],
+        images: Images,
+        search: Search,
+        seed: int,
+    ) -> None:
+        self._run = _Run(model, family, tuple(problems), images, search, seed, None, "arms")
+        self._state = self._run._begun(range(len(problems)))
+
+    def __len__(self) -> int:
+        return len(self._run.problems)
+
+    def advance(self, places: Sequence[int]) -> None:
+        """One pass of some problems, which ends with a try of their new best triggers."""
+        chosen = torch.tensor(list(places), device=self._run.device)
+        few = {name: value[chosen] for name, value in self._state.items()}
+        self._run._advance(few)
+        self._run._check(few)
+        for name, value in few.items():
+            self._state[name][chosen] = value
+
+    def sizes(self) -> list[float]:
+        """The smallest of each; infinite where there is none."""
+        return [float(value) for value in self._state["sure_record"][:, 0].tolist()]
+
+    def passes(self) -> list[int]:
+        return [int(value) for value in self._state["passes"].tolist()]
+
+    def improvements(self) -> list[int]:
+        """How often each found a smaller trigger."""
+        return [int(value) for value in self._state["turns"].tolist()]
+
+    def stalled(self, patience: int) -> list[bool]:
+        """Which have found none for so long, with a weight that has both risen and fallen."""
+        state = self._state
+        tried = state["found"] & state["rose"] & state["fell"]
+        return [bool(over) for over in (tried & (state["since"] >= patience)).tolist()]
+
+    def found(self) -> list[Found]:
+        self._run._harvest(self._state, range(len(self)), [True] * len(self))
+        return [self._run.found[place] for place in range(len(self))]
+
+
 def _named(state: State, prefix: str) -> State:
     return {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{prefix}.")}
 

@@ -56,5 +56,9 @@ def picture(
     own = [one for one in found if one.problem.target == target and one.size]
     if not own:
         return None
-    best = min(own, key=lambda one: one.size or 0.0)
-    return stamped(family, best.trigger, torch.zeros(1, *shape))[0]
+    return picture_of(family, min(own, key=lambda one: one.size or 0.0), shape)
+
+
+def picture_of(family: Family, found: Found, shape: Sequence[int]) -> Tensor:
+    """(C, H, W) in [0, 1]: a trigger on a black image."""
+    return stamped(family, found.trigger, torch.zeros(1, *shape))[0]
