@@ -46,6 +46,7 @@ SMALL = {  # what would be trained for minutes is trained for moments here
     "dfst": "dfst:gan_steps=1,gan_width=2,gan_blocks=1,gan_batch=4",
     "input_aware": "input_aware:mask_updates=2",
     "invisible": "invisible:bits=3,updates=4,secret_updates=2",
+    "natural": "natural:steps=2,samples=4",
     "reflection": "reflection:select=acceptance",
 }
 
