@@ -599,6 +599,7 @@ def distance(
     seed: SeedOption = 0,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The heat map (PNG).")] = None,
     data_dir: DataDirOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -608,6 +609,8 @@ def distance(
 
     families.describe(split_spec(method)[0])  # unknown names before torch is loaded
     from arena import inverting, listing
+    from arena.gallery import heat_map
+    from arena.store import write_atomically
 
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split)
     opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
@@ -623,6 +626,12 @@ def distance(
             device=_device(device),
             memory=None if memory is None else memory * 1e9,
         )  # fmt: skip
+    title = f"{found['method']} distances of {subject.name}"
+    name = f"distance-{subject.digest[:12]}-{method.partition(':')[0]}.png"
+    place = out or opened.root / "pictures" / name
+    drawn = heat_map(found["distances"], found["classes"], title=title, unit=found["unit"])
+    write_atomically(place, drawn)
+    found["picture"] = str(place)
     print(json.dumps(found, indent=1) if as_json else listing.distances(found))
 
 

@@ -168,6 +168,39 @@ def preview(
     return picture, stealth(test.x[many], stamped)
 
 
+def heat_map(
+    values: Sequence[Sequence[float | None]], names: Sequence[str], *, title: str, unit: str
+) -> bytes:
+    """A PNG of a matrix, row victim and column target; what is None stays blank, with a dot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(names)
+    numbers = [[float("nan") if v is None else v for v in row] for row in values]
+    side = max(4.0, 0.55 * count + 2)
+    sheet = Figure(figsize=(side + 1.5, side), layout="constrained", dpi=120)
+    axes = sheet.add_subplot()
+    shown = axes.imshow(numbers, cmap="viridis")
+    sheet.colorbar(shown, ax=axes, label=unit, shrink=0.8)
+    short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+    axes.set_xticks(range(count), short, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), short)
+    axes.set_xlabel("target")
+    axes.set_ylabel("victim")
+    axes.set_title(title, fontsize=10)
+    known = sorted(v for row in numbers for v in row if v == v)
+    middle = (known[0] + known[-1]) / 2 if known else 0.0
+    for row, line in enumerate(numbers):
+        for column, value in enumerate(line):
+            text = "·" if value != value else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+            colour = "grey" if value != value else "white" if value < middle else "black"
+            if count <= 20:
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(sheet).print_png(buffer)
+    return buffer.getvalue()
+
+
 def png(image: Tensor) -> bytes:
     """(C, H, W) uint8, C 1 or 3, as a PNG file."""
     from PIL import Image

@@ -487,6 +487,8 @@ def distances(found: Mapping[str, Any]) -> str:
         lines.append(
             f"{found['improvement']:+.1%} against {before['model']} (mean of the pairs' ratios)"
         )
+    if "picture" in found:
+        lines.append(f"heat map: {found['picture']}")
     return "\n".join(lines)
 
 

@@ -121,6 +121,7 @@ def test_distances_of_a_cell(store, cells):
     assert known | {tuple(pair) for pair in found["unreached"]} == {(0, 1), (2, 0)}
     assert found["also"] is None or found["also"]["mean"] == pytest.approx(3 * found["mean"])
     assert found["seconds"] > 0
+    assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
     again = json.loads(arena(*words, "--json").out)
     assert again == found, "computed anew, not read"
     table = arena(*words).out
