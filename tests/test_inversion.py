@@ -290,8 +290,8 @@ def test_updates_are_those_of_adam(frozen, images):
 
 
 def test_memory_says_how_many_go_at_once(frozen, images):
-    run, _ = run_of(frozen, images, QUICK)
-    part = 6 * bytes_per_image(frozen, SHAPE) + 160 * 3 * toys.SIDE**2
+    run, state = run_of(frozen, images, QUICK)
+    part = 6 * bytes_per_image(frozen, SHAPE) + 2 * sum(v.nbytes for v in state.values())
     assert run._room(5.5 * part) == 5
     with pytest.raises(BadInput, match=r"One problem needs about \d MiB"):
         run._room(0.5 * part)

@@ -241,11 +241,8 @@ class _Run:
         waiting, state, index = self._resumed()
         last = time.monotonic()
         while waiting or index:
-            if waiting and len(index) < self.slots:
-                new, waiting = (
-                    waiting[: self.slots - len(index)],
-                    waiting[self.slots - len(index) :],
-                )
+            if new := waiting[: self.slots - len(index)]:
+                waiting = waiting[len(new) :]
                 state = _joined(state, self._begun(new))
                 index = [*index, *new]
             for _ in range(_LOOK):
@@ -269,7 +266,8 @@ class _Run:
         """Problems that fit at once."""
         part = math.ceil(self.search.samples / self.parts)
         each = part * bytes_per_image(self.model, self.shape)
-        each += 40 * 4 * math.prod(self.shape)  # variables, their optimiser, noise, best
+        one = self._begin(self.problems[0], self.rows[0])
+        each += 2 * sum(value.nbytes for value in one.values())  # it is copied when others end
         if memory is None:
             if self.device.type != "cuda":
                 return max(1, _CPU_IMAGES // part)
