@@ -1,0 +1,145 @@
+"""Inverting NC triggers: the engine beside the pair-by-pair loop of public code.
+
+The loop is the obvious one: a pair at a time, batches of 32, 32, 32 and 4 of 100 images, the model
+in evaluation mode as it is (float32, its weights collecting gradients), torch's Adam, the weight on
+the mask raised and lowered, each improvement nudged. The engine gets the same pairs, images and
+number of passes. Speed alone says nothing: sizes and success on the same images stand beside it,
+both triggers tried in float32.
+
+    python benchmarks/inversion.py CHECKPOINT MODEL DATASET [--data-dir DIR] [--pairs sample:4]
+        [--steps 300] [--restarts 1] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+from machine import describe
+from torch import nn
+from torch.nn import functional as F
+
+from arena.core import training
+from arena.core.contracts import Images
+from arena.core.inversion.distances import parse_pairs, problems_of
+from arena.core.inversion.engine import Found, Problem, Search, invert, rows_of, stamped
+from arena.core.inversion.families import families
+from arena.core.inversion.frozen import Frozen
+from arena.core.seeding import stream
+from arena.subjects import of_checkpoint
+
+AIMS = {"cpu": 4.0, "cuda": 15.0}
+
+
+def by_hand(model: nn.Module, problem: Problem, images: Images, search: Search) -> Found:
+    """One pair as public code inverts it."""
+    device = training.device_of(model)
+    rows = rows_of(problem, images.y.cpu(), search.samples, seed=0)
+    x = training.to_float(images.x[rows]).to(device)
+    rng = stream(0, "by hand", problem.victim, problem.target, problem.restart)
+    free = [
+        torch.atanh((torch.rand(shape, generator=rng) - 0.5) * 1.999999).to(device).requires_grad_()
+        for shape in ((1, *x.shape[2:]), x.shape[1:])
+    ]
+    adam = torch.optim.Adam(free, lr=search.lr, betas=search.betas)
+    wanted = torch.full((len(x),), problem.target, device=device)
+    best, kept, cost, good, bad = float("inf"), None, search.cost, 0, 0
+    for _ in range(search.steps):
+        order = torch.randperm(len(x), generator=rng).to(device)
+        hits = 0
+        for part in order.split(search.batch):
+            mask, pattern = (value.tanh() / (2 + 1e-6) + 0.5 for value in free)
+            logits = model(torch.lerp(x[part], pattern, mask))
+            loss = F.cross_entropy(logits, wanted[part]) + cost * mask.sum()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            hits += int((logits.argmax(1) == wanted[part]).sum())
+        success, size = hits / len(x) >= search.asr, float(mask.sum())
+        if success and size < best:
+            best, kept = size, (mask.detach().clone(), pattern.detach().clone())
+            with torch.no_grad():
+                for value, shown in zip(free, kept, strict=True):
+                    noise = (torch.rand(shown.shape, generator=rng) * 0.02 - 0.01).to(device)
+                    value.copy_(torch.atanh(((shown + noise).clamp(0, 1) - 0.5) * 1.999999))
+        good, bad = (good + 1, 0) if success else (0, bad + 1)
+        if good >= search.patience:
+            cost, good = cost * search.up, 0
+        elif bad >= search.patience:
+            cost, bad = cost / search.down, 0
+    if kept is None:
+        return Found(problem, None, 0.0, {}, search.steps)
+    trigger = {"mask": torch.logit(kept[0]) / 2, "pattern": torch.logit(kept[1]) / 2}
+    return Found(problem, best, 0.0, trigger, search.steps)
+
+
+def success(model: nn.Module, one: Found, images: Images, samples: int) -> float:
+    """Of a trigger on the images it was inverted on, in float32."""
+    if not one.size:
+        return 0.0
+    rows = rows_of(one.problem, images.y.cpu(), samples, seed=0)
+    device = training.device_of(model)
+    x = training.to_float(images.x[rows]).to(device)
+    trigger = {k: v.clamp(-15, 15).to(device) for k, v in one.trigger.items()}
+    with torch.no_grad():
+        answers = model(stamped(families.build("nc"), trigger, x)).argmax(1)
+    return float((answers == one.problem.target).double().mean())
+
+
+def timed(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main(options: argparse.Namespace) -> None:
+    subject = of_checkpoint(options.checkpoint, options.model, options.dataset, options.data_dir)
+    model, images = subject.model.to(options.device), subject.data.val
+    pairs = parse_pairs(options.pairs, subject.data.num_classes)
+    problems = problems_of(pairs, options.restarts)
+    search = Search(steps=options.steps, samples=options.samples)
+    print(describe())
+    print(f"{len(problems)} problems, {search.steps} passes over {search.samples} images\n")
+
+    start = timed(options.device)
+    ours = invert(Frozen(model), families.build("nc"), problems, images, search)
+    engine = timed(options.device) - start
+    start = timed(options.device)
+    theirs = [by_hand(model, problem, images, search) for problem in problems]
+    loop = timed(options.device) - start
+
+    print(f"{'pair':<10}{'engine size':>12}{'success':>9}{'loop size':>11}{'success':>9}")
+    for one, two in zip(ours, theirs, strict=True):
+        name = f"{one.problem.victim} to {one.problem.target}"
+        figures = [(o.size, success(model, o, images, search.samples)) for o in (one, two)]
+        shown = [("none" if size is None else f"{size:.2f}", f"{hit:.2f}") for size, hit in figures]
+        print(f"{name:<10}{shown[0][0]:>12}{shown[0][1]:>9}{shown[1][0]:>11}{shown[1][1]:>9}")
+    both = [
+        (one.size, two.size) for one, two in zip(ours, theirs, strict=True) if one.size and two.size
+    ]
+    ratios = torch.tensor([one / two for one, two in both], dtype=torch.float64)
+    print(f"\nengine {engine:.1f} s, loop {loop:.1f} s: {loop / engine:.2f} times as fast")
+    if len(ratios):
+        print(
+            f"size, engine over loop: median {float(ratios.median()):.3f}, mean {_mean(ratios):.3f}"
+        )
+    aim = AIMS[options.device.partition(":")[0]]
+    print(f"aim: at least {aim:g} times as fast to a trigger of equal quality")
+    print("load average at the end: " + ", ".join(f"{v:.2f}" for v in os.getloadavg()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Time the inversion engine beside a plain loop.")
+    parser.add_argument("checkpoint", type=Path, help="weights: safetensors or a plain state_dict")
+    parser.add_argument("model", help="their network")
+    parser.add_argument("dataset", help="their data set")
+    parser.add_argument("--data-dir", type=Path, default=None)
+    parser.add_argument("--pairs", default="sample:4")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--restarts", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    main(parser.parse_args())
