@@ -123,9 +123,8 @@ def main(options: argparse.Namespace) -> None:
     ratios = torch.tensor([one / two for one, two in both], dtype=torch.float64)
     print(f"\nengine {engine:.1f} s, loop {loop:.1f} s: {loop / engine:.2f} times as fast")
     if len(ratios):
-        print(
-            f"size, engine over loop: median {float(ratios.median()):.3f}, mean {_mean(ratios):.3f}"
-        )
+        middle, mean = float(ratios.median()), float(ratios.mean())
+        print(f"size, engine over loop: median {middle:.3f}, mean {mean:.3f}")
     aim = AIMS[options.device.partition(":")[0]]
     print(f"aim: at least {aim:g} times as fast to a trigger of equal quality")
     print("load average at the end: " + ", ".join(f"{v:.2f}" for v in os.getloadavg()))
