@@ -64,7 +64,8 @@ def test_the_best_threshold_and_the_highest_scores():
     assert best.tolist() == [True, True, True, False, True]  # F1 6/7, of all thresholds the best
     assert detection.highest(scores, 2).tolist() == [True, True, False, False, False]
     equal = torch.full((5,), 0.5)  # no threshold lies between equal scores
-    assert detection.best_threshold(equal, stamped).all()
+    first = torch.tensor([True, True, False, False, False])
+    assert detection.best_threshold(equal, first).all()
 
 
 # -------------------------------------------------------------------------------- the detectors

@@ -220,8 +220,13 @@ def test_a_stopped_run_goes_on_where_it_was(frozen, images, monkeypatch, stop_at
     kept = Kept(stop_at)
     with pytest.raises(Stopped):
         invert(frozen, NC(), ALL, images, QUICK, slots=2, checkpoint=kept)
+    passes = []
+    advance = engine._Run._advance
+    monkeypatch.setattr(
+        engine._Run, "_advance", lambda run, state: (passes.append(1), advance(run, state))
+    )
     rest = invert(frozen, NC(), ALL, images, QUICK, slots=2, checkpoint=kept)
-    assert kept.saves < 2 * len(ALL) * 3
+    assert len(passes) == 90 - 10 * stop_at, "work was done again"
     for one, two in zip(whole, rest, strict=True):
         same(one, two)
 
@@ -263,6 +268,9 @@ def test_the_weight_follows_the_success(frozen, images, asr, factor):
         seen.append(float(state["cost"]))
     expected = [0.01] * 3 + [0.01 * factor] * 4 + [0.01 * factor**2] * 2
     assert seen == pytest.approx(expected)
+    if asr > 1:
+        assert int(state["turns"]) == 0, "nudged though nothing succeeded"
+        assert state["record"].isinf().all()
 
 
 def test_the_size_may_wait_for_the_first_successes(frozen, images):

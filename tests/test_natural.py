@@ -9,6 +9,7 @@ import toys
 from arena.attacks.natural import Natural
 from arena.core import poisoning
 from arena.core.contracts import Images
+from arena.core.inversion.engine import Found, Problem
 from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
 from arena.core.training import logits
@@ -54,14 +55,29 @@ def test_a_trigger_of_the_network_s_own_is_found(train, spec):
     )
 
 
-def test_of_several_searches_the_smallest_trigger_counts(train):
-    sizes = {}
-    for restarts in (1, 4):
-        attack = Natural(method="nc", victim=1, target=2, restarts=restarts, samples=20, steps=120)
-        _, trigger, *_ = run(attack, train)
-        at = {name: value[None] for name, value in trigger.stamp.trigger.items()}
-        sizes[restarts] = float(trigger.stamp.family.size(at))
-    assert sizes[4] <= sizes[1]
+@pytest.mark.parametrize(
+    ("answers", "wanted"),
+    [
+        ([(5.0, 1.0), (3.0, 0.9), (4.0, 1.0)], 1),  # the smallest
+        ([(None, 1.0), (3.0, 0.9), (None, 1.0)], 1),
+        ([(None, 0.2), (None, 0.5), (None, 0.4)], 1),  # none of them succeeds: the best
+    ],
+)
+def test_of_several_searches_the_smallest_trigger_counts(train, monkeypatch, answers, wanted):
+    asked = []
+
+    def invert(model, family, problems, images, search, *, seed):
+        asked.append(problems)
+        return [
+            Found(problem, size, asr, {"mark": torch.tensor(place)}, 1)
+            for place, (problem, (size, asr)) in enumerate(zip(problems, answers, strict=True))
+        ]
+
+    monkeypatch.setattr("arena.attacks.natural.invert", invert)
+    attack = Natural(method="nc", victim=1, target=2, restarts=3, samples=20)
+    _, trigger, *_ = run(attack, train)
+    assert asked == [[Problem(1, 2, restart) for restart in range(3)]]
+    assert int(trigger.stamp.trigger["mark"]) == wanted
 
 
 def test_before_training_the_trigger_is_the_search_s_start(train):
