@@ -308,6 +308,7 @@ def test_memory_says_how_many_go_at_once(frozen, images):
 # ------------------------------------------------------------------------------------ the families
 
 
+ANY = torch.zeros(1)  # images that a size does not depend on
 FAMILIES = [NC(), Pixel(), Pixel(form="tanh"), Filter(), UAP(), CW()]
 
 
@@ -334,11 +335,11 @@ def test_families_keep_problems_apart_and_images_in_range(family):
     assert out.shape == x.shape
     assert out.min() >= 0
     assert out.max() <= 1
-    sizes = family.size(stacked)
+    sizes = family.size(stacked, ANY, ANY)
     for place, one in enumerate(free):
         alone = {name: value[None] for name, value in one.items()}
         assert torch.equal(family.stamp(alone, x[place : place + 1])[0], out[place])
-        assert torch.allclose(family.size(alone)[0], sizes[place])
+        assert torch.allclose(family.size(alone, ANY, ANY)[0], sizes[place])
         shown = family.stamp(alone, x[:1])
         assert family.penalty(alone, x[:1], shown).shape == (1,)
 
@@ -349,7 +350,7 @@ def test_a_mask_and_a_pattern_by_hand():
     free = {"mask": mask, "pattern": pattern}
     out = NC().stamp(free, torch.zeros(1, 1, 3, 2, 2))[0, 0, 0]
     assert torch.allclose(out, torch.tensor([[1.0, 0.5], [0.5, 0.0]]), atol=1e-5)
-    assert NC().size(free).item() == pytest.approx(2.0, abs=1e-4)
+    assert NC().size(free, ANY, ANY).item() == pytest.approx(2.0, abs=1e-4)
     assert NC().penalty(free, out, out).item() == pytest.approx(2.0, abs=1e-4)
 
 
@@ -369,7 +370,7 @@ def test_pixels_are_counted_where_any_channel_changes():
     minus[0, 1, 0, 1] = 2 / 255  # another
     plus[0, 1, 3, 3] = 0.5 / 255  # too faint for 8 bits
     free = {"plus": plus, "minus": minus}
-    assert Pixel().size(free).item() == 2
+    assert Pixel().size(free, ANY, ANY).item() == 2
     kept = Pixel().kept(free)
     assert kept["plus"][0, 1, 3, 3] == 0
     out = Pixel().stamp(free, torch.full((1, 1, 3, 4, 4), 0.25))[0, 0]
@@ -386,7 +387,7 @@ def test_the_tanh_form_goes_on_from_the_trigger_that_was_best():
     x = torch.full((1, 1, 1, 1, 3), 0.1)
     family = Pixel(form="tanh")
     assert torch.allclose(family.stamp(kept, x), family.stamp(free, x), atol=1 / 255)
-    assert family.size(kept).item() == family.size(free).item() == 2
+    assert family.size(kept, ANY, ANY).item() == family.size(free, ANY, ANY).item() == 2
 
 
 @pytest.mark.parametrize("family", [Pixel(), Pixel(form="tanh")])
@@ -412,7 +413,7 @@ def test_a_filter_sets_mean_and_deviation_of_every_channel():
     assert torch.allclose(found, at["deviation"][:, None].expand(1, 5, 3), atol=1e-5)
     off = (at["mean"] - x.mean((0, 1, 3, 4))).abs().sum()
     off = off + (at["deviation"] - x.std((3, 4), correction=0).mean((0, 1))).abs().sum()
-    assert float(Filter().size(at)) == pytest.approx(255 * float(off), rel=1e-4)
+    assert float(Filter().size(at, ANY, ANY)) == pytest.approx(255 * float(off), rel=1e-4)
 
 
 def test_a_filter_leaves_images_of_one_colour_finite():
@@ -453,7 +454,7 @@ def test_what_cw_paints_and_what_it_gives_up():
     at = {"paint": torch.full((1, 1, 2, 2), 9.0), "left": left, "_mean": torch.zeros(1, 1, 2, 2)}
     x = torch.full((1, 1, 1, 2, 2), 0.25)
     assert torch.allclose(CW().stamp(at, x)[0, 0, 0], torch.tensor([[1.0, 1.0], [1.0, 0.25]]))
-    assert float(CW().size(at)) == 3
+    assert float(CW().size(at, ANY, ANY)) == 3
     slopes = {"paint": torch.tensor([[[[3.0, -1.0], [2.0, 0.1]]]]), "left": torch.zeros_like(left)}
     kept = CW(share=0.3).thinned(at, slopes, torch.tensor([True]))["left"]
     assert kept.tolist() == [[[[1.0, 0.0], [1.0, 0.0]]]]  # the least important of those left

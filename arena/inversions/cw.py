@@ -58,7 +58,7 @@ class CW(Family):
     def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         return (stamped - x).square().flatten(2).sum(2).mean(1)
 
-    def size(self, at: State) -> Tensor:
+    def size(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         return at["left"].flatten(1).sum(1)
 
     def thinned(self, at: State, slopes: State, success: Tensor) -> State:

@@ -49,9 +49,9 @@ class Filter(Family):
         return ((x - mean) / deviation * new_deviation + new_mean).clamp(0, 1)
 
     def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
-        return self.size(at)
+        return self.size(at, x, stamped)
 
-    def size(self, at: State) -> Tensor:
+    def size(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         off = [(at[name] - at[f"_{name}"]).abs() for name in ("mean", "deviation")]
         return 255 * torch.stack(off).sum((0, 2))
 

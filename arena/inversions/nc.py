@@ -23,6 +23,7 @@ _WIDTH = 1 + 1e-6  # tanh of finite variables reaches 0 and 1 to within float32'
 @method
 class NC(Family):
     unit: ClassVar[str] = "mask L1"
+    nudges: ClassVar[bool] = True
     also: ClassVar[tuple[str, float]] = ("mask L1 over three channels, as MOTH prints it", 3.0)
 
     nudge: float = param(
@@ -60,9 +61,9 @@ class NC(Family):
         return torch.lerp(x, pattern, mask)
 
     def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
-        return self.size(at)
+        return self.size(at, x, stamped)
 
-    def size(self, at: State) -> Tensor:
+    def size(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         return _shown(at["mask"]).flatten(1).sum(1)
 
     def nudged(self, kept: State, noise: State) -> State:

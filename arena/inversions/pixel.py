@@ -44,13 +44,13 @@ class Pixel(Family):
     def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         return _soft(at["plus"]) + _soft(at["minus"])
 
-    def size(self, at: State) -> Tensor:
+    def size(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         changed = (self._shown(at["plus"]) >= _CUT) | (self._shown(at["minus"]) >= _CUT)
         return changed.any(1).flatten(1).sum(1).float()
 
-    def record(self, at: State, loss: Tensor) -> Tensor:
+    def record(self, at: State, size: Tensor, loss: Tensor) -> Tensor:
         """Pixels that change, and the loss's own measure."""
-        return torch.stack([self.size(at), _soft(at["plus"]) + _soft(at["minus"])], 1)
+        return torch.stack([size, _soft(at["plus"]) + _soft(at["minus"])], 1)
 
     def kept(self, at: State) -> State:
         return {name: self._cut(value) for name, value in at.items()}

@@ -49,10 +49,10 @@ class UAP(Family):
     def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         return x.new_zeros(len(x))
 
-    def size(self, at: State) -> Tensor:
+    def size(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         return 255 * at["change"].abs().flatten(1).amax(1)
 
-    def record(self, at: State, loss: Tensor) -> Tensor:
+    def record(self, at: State, size: Tensor, loss: Tensor) -> Tensor:
         return loss[:, None]
 
     def projected(self, at: State) -> State:

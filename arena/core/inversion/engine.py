@@ -80,6 +80,7 @@ class Family(Protocol):
     """
 
     unit: ClassVar[str]  # of sizes, as reported
+    nudges: ClassVar[bool] = False  # `nudged` uses noise
     also: ClassVar[tuple[str, float] | None] = None  # another unit in print, and its factor
 
     @property
@@ -105,13 +106,13 @@ class Family(Protocol):
         """(K,) what the weight multiplies in the loss."""
         raise NotImplementedError
 
-    def size(self, at: State) -> Tensor:
-        """(K,) in `unit`."""
+    def size(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
+        """(K,) in `unit`; x, stamped: images without and with the trigger, (K, B, C, H, W)."""
         raise NotImplementedError
 
-    def record(self, at: State, loss: Tensor) -> Tensor:
-        """(K, M): what must all shrink for a trigger to be better. loss: (K,) of the pass."""
-        return self.size(at)[:, None]
+    def record(self, at: State, size: Tensor, loss: Tensor) -> Tensor:
+        """(K, M): what must all shrink for a trigger to be better. size, loss: (K,) of a pass."""
+        return size[:, None]
 
     def kept(self, at: State) -> State:
         """The variables that are remembered of these (smallest values cut off, say)."""
@@ -329,6 +330,7 @@ class _Run:
             "mark": torch.tensor(torch.inf),  # its size
             "news": torch.tensor(False),  # the best trigger is newer than the last try
             "found": torch.tensor(False),  # there is a sure one
+            "size": torch.tensor(torch.inf, dtype=torch.float64),  # of the sure one
             "asr": torch.tensor(0.0, dtype=torch.float64),  # of the sure one
             "turns": torch.tensor(0),  # how often a best trigger was nudged
         }
@@ -336,7 +338,8 @@ class _Run:
             if name.startswith("_"):
                 state[f"fixed.{name}"] = value
                 continue
-            noise = torch.rand(_NUDGES, *value.shape, generator=rng) * 2 - 1
+            turns = _NUDGES if self.family.nudges else 1
+            noise = torch.rand(turns, *value.shape, generator=rng) * 2 - 1
             state |= {
                 f"free.{name}": value,
                 f"best.{name}": value.clone(),  # by what was counted during passes
@@ -345,8 +348,8 @@ class _Run:
                 f"mean.{name}": torch.zeros_like(value),
                 f"square.{name}": torch.zeros_like(value),
             }
-        stacked = {name: value[None] for name, value in at.items()}
-        none = torch.full_like(self.family.record(stacked, torch.zeros(1))[0], torch.inf)
+        stacked, one = {name: value[None] for name, value in at.items()}, torch.zeros(1)
+        none = torch.full_like(self.family.record(stacked, one, one)[0], torch.inf)
         return {**state, "record": none, "sure_record": none.clone()}
 
     # ------------------------------------------------------------------------------- one pass
@@ -377,7 +380,9 @@ class _Run:
             slopes = dict(zip(leaves, found, strict=True))
             self._update(state, last, slopes)
         success = hits >= search.asr * search.samples - 1e-6
-        self._judge(state, last, success, losses / self.parts)
+        with torch.no_grad():
+            size = family.size(last | _named(state, "fixed"), x, shown)
+        self._judge(state, last, success, size, losses / self.parts)
         at = family.thinned(_named(state, "free") | _named(state, "fixed"), slopes, success)
         state |= {f"free.{name}": at[name] for name in last}
 
@@ -400,16 +405,18 @@ class _Run:
         at = self.family.projected(moved | _named(state, "fixed"))
         state |= {f"free.{name}": at[name] for name in free}
 
-    def _judge(self, state: State, free: State, success: Tensor, loss: Tensor) -> None:
+    def _judge(
+        self, state: State, free: State, success: Tensor, size: Tensor, loss: Tensor
+    ) -> None:
         """After a pass: is the trigger that it ended with better, and is its size to weigh more?
 
         free: the variables before the pass's last update, those that were seen last; success: (K,)
-        bool, loss: (K,) of the pass.
+        bool, size, loss: (K,) of the pass.
         """
         search, family = self.search, self.family
         fixed = _named(state, "fixed")
         kept = family.kept(free | fixed)
-        sizes = family.record(free | fixed, loss)
+        sizes = family.record(free | fixed, size, loss)
         live = state["passes"] < search.steps  # looks are every tenth pass: some come too late
         better = live & success & (sizes < state["record"]).all(1)
         state["record"] = torch.where(better[:, None], sizes, state["record"])
@@ -419,7 +426,7 @@ class _Run:
             mask = better.view(-1, *[1] * (free[name].ndim - 1))
             state[f"best.{name}"] = torch.where(mask, kept[name], state[f"best.{name}"])
             table = state[f"noise.{name}"]
-            turn = (state["turns"] % _NUDGES).view(-1, *[1] * (table.ndim - 1))
+            turn = (state["turns"] % table.shape[1]).view(-1, *[1] * (table.ndim - 1))
             noise[name] = table.gather(1, turn.expand(-1, 1, *table.shape[2:]))[:, 0]
         nudged = family.nudged(kept, noise)
         for name in free:
@@ -428,8 +435,8 @@ class _Run:
             state[f"free.{name}"] = torch.where(mask, value, state[f"free.{name}"])
         state["turns"] = state["turns"] + better
         state["passes"] = state["passes"] + live
-        smaller = better & (sizes[:, 0] < 0.99 * state["mark"])
-        state["mark"] = torch.where(smaller, sizes[:, 0], state["mark"])
+        smaller = better & (size < 0.99 * state["mark"])
+        state["mark"] = torch.where(smaller, size, state["mark"])
         state["since"] = torch.where(smaller, 0, state["since"] + 1)
         state["good"] = torch.where(success, state["good"] + 1, 0)
         state["bad"] = torch.where(success, 0, state["bad"] + 1)
@@ -446,9 +453,10 @@ class _Run:
         """Try new best triggers on all of their images; those that fall short are given up."""
         if not bool(state["news"].any()):  # waits for the device
             return
-        share = self._success(state, "best")
+        share, size = self._tried(state, "best")
         holds = state["news"] & (share >= self.search.asr - 1e-6)
         state["asr"] = torch.where(holds, share, state["asr"])
+        state["size"] = torch.where(holds, size, state["size"])
         state["found"] = state["found"] | holds
         for one, two in [("record", "sure_record")] + [
             (f"best.{name}", f"sure.{name}") for name in _named(state, "best")
@@ -458,15 +466,19 @@ class _Run:
             state[one] = state[two].clone()
         state["news"] = torch.zeros_like(state["news"])
 
-    def _success(self, state: State, which: str) -> Tensor:
-        """(K,) share of each problem's images that its trigger sends to the target."""
+    def _tried(self, state: State, which: str) -> tuple[Tensor, Tensor]:
+        """(K,) share of all of each problem's images that its trigger sends to the target, and its
+        size on them."""
         at = _named(state, which) | _named(state, "fixed")
         hits = torch.zeros_like(state["passes"])
+        size = torch.zeros_like(state["size"])
         for rows in state["rows"].tensor_split(self.parts, 1):
             x = training.to_float(self.x[rows.flatten()]).view(*rows.shape, *self.shape)
-            answers = self.model(self.family.stamp(at, x).flatten(0, 1)).argmax(1)
+            shown = self.family.stamp(at, x)
+            answers = self.model(shown.flatten(0, 1)).argmax(1)
             hits += (answers.view(rows.shape) == state["target"][:, None]).sum(1)
-        return hits.double() / self.search.samples
+            size += self.family.size(at, x, shown).double() * rows.shape[1]
+        return hits.double() / self.search.samples, size / self.search.samples
 
     def _ended(self, state: State) -> list[bool]:
         over = state["passes"] >= self.search.steps
@@ -479,9 +491,8 @@ class _Run:
     def _harvest(self, state: State, index: Sequence[int], ended: Sequence[bool]) -> None:
         """Keep the answers of the problems that ended."""
         found = state["found"].tolist()
-        shares = torch.where(state["found"], state["asr"], self._success(state, "free")).tolist()
-        fixed = _named(state, "fixed")
-        sizes = self.family.size(_named(state, "sure") | fixed).tolist()
+        shares = torch.where(state["found"], state["asr"], self._tried(state, "free")[0]).tolist()
+        fixed, sizes = _named(state, "fixed"), state["size"].tolist()
         for place in (place for place, end in enumerate(ended) if end):
             at = _named(state, "sure" if found[place] else "free") | fixed
             self.found[index[place]] = Found(
@@ -522,7 +533,7 @@ class Arms:
 
     def sizes(self) -> list[float]:
         """The smallest of each; infinite where there is none."""
-        return [float(value) for value in self._state["sure_record"][:, 0].tolist()]
+        return [float(value) for value in self._state["size"].tolist()]
 
     def passes(self) -> list[int]:
         return [int(value) for value in self._state["passes"].tolist()]

@@ -1,0 +1,213 @@
+"""An encoder up to the first pooling and a decoder back: where DECK changes what images look like.
+
+Source: DECK (Model hardening against pervasive backdoors), sections IV-A and V-F: the first block
+    of a VGG, fixed, and its mirror image, trained to reconstruct (mean squared error). What pooling
+    lost is filled in by upsampling: random (each value in the top left of its cell, the others
+    drawn from a Gaussian of mean 0), zero, nearest, or swwae (the value goes back to where the
+    maximum was).
+Departs: the encoder is the first block of a small network trained on the data at hand, not of a VGG
+    trained on ImageNet. The Gaussian has one deviation per channel, that of what pooling left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from arena.core import training
+from arena.core.contracts import Images
+from arena.core.progress import report
+from arena.core.seeding import draw_seed, seeded_globals, stream
+
+WIDTH = 64  # channels of the features
+_DRAWS = 8  # of noise per update, shared out to its images: drawing costs more than decoding
+Upsampling = Literal["random", "zero", "nearest", "swwae"]
+
+
+class Encoder(nn.Module):
+    """float (N, C, H, W) in [0, 1] -> features (N, 64, H / 2, W / 2), sizes rounded up."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((channels, 1, 1), 0.5))
+        self.register_buffer("std", torch.full((channels, 1, 1), 0.25))
+        self.conv1 = nn.Conv2d(channels, WIDTH, 3, padding=1)
+        self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """Before pooling, (N, 64, H, W)."""
+        return F.relu(self.conv2(F.relu(self.conv1((x - self.mean) / self.std))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.maps(x), 2, ceil_mode=True)
+
+
+class Decoder(nn.Module):
+    """Features, upsampled to the images' size -> images (N, C, H, W), not clipped."""
+
+    deviation: Tensor  # (64, 1, 1) of what fills the cells
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("deviation", torch.ones(WIDTH, 1, 1))
+        self.conv2 = nn.ConvTranspose2d(WIDTH, WIDTH, 3, padding=1)
+        self.conv1 = nn.ConvTranspose2d(WIDTH, channels, 3, padding=1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.conv1(F.relu(self.conv2(maps)))
+
+
+def upsampled(
+    features: Tensor, size: tuple[int, int], how: Upsampling, fill: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(…, h, w) -> (…, H, W), every value in a cell of 2 x 2.
+
+    fill: what stands in the other three pixels (random), broadcast to (…, H, W); places: per value,
+    which of the four pixels of its cell it belongs to (swwae), (…, h, w) int64 in [0, 4).
+    """
+    height, width = size
+    if how == "nearest":
+        whole = features.repeat_interleave(2, -2).repeat_interleave(2, -1)
+        return whole[..., :height, :width]
+    spread = torch.zeros(*features.shape, 4, dtype=features.dtype, device=features.device)
+    if how == "swwae":
+        assert places is not None
+        spread = spread.scatter(-1, places[..., None], features[..., None])
+    else:
+        spread = torch.cat([features[..., None], spread[..., 1:]], -1)
+    whole = _woven(spread)[..., :height, :width]
+    if how == "random":
+        assert fill is not None
+        corner = torch.zeros(height, width, dtype=torch.bool, device=features.device)
+        corner[::2, ::2] = True
+        whole = torch.where(corner, whole, fill)
+    return whole
+
+
+def _woven(cells: Tensor) -> Tensor:
+    """(…, h, w, 4) -> (…, 2h, 2w)."""
+    *front, height, width, _ = cells.shape
+    split = cells.reshape(*front, height, width, 2, 2).transpose(-3, -2)
+    return split.reshape(*front, 2 * height, 2 * width)
+
+
+def cells_of(maps: Tensor) -> Tensor:
+    """(…, H, W) -> (…, h, w, 4): the pixels of every cell; beyond the edge -inf."""
+    height, width = maps.shape[-2:]
+    padded = F.pad(maps, (0, width % 2, 0, height % 2), value=-torch.inf)
+    *front, tall, wide = padded.shape
+    split = padded.reshape(*front, tall // 2, 2, wide // 2, 2).transpose(-3, -2)
+    return split.reshape(*front, tall // 2, wide // 2, 4)
+
+
+class Codec(nn.Module):
+    """Both, with the upsampling between them."""
+
+    def __init__(self, channels: int, how: Upsampling = "random") -> None:
+        super().__init__()
+        self.how, self.channels = how, channels
+        self.encoder, self.decoder = Encoder(channels), Decoder(channels)
+
+    def decode(
+        self, features: Tensor, size: tuple[int, int], noise: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """noise: of mean 0 and deviation 1, broadcast to (N, 64, H, W); for `random` alone."""
+        fill = None if noise is None else noise * self.decoder.deviation
+        return self.decoder(upsampled(features, size, self.how, fill, places))
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images there and back."""
+        maps = self.encoder.maps(x)
+        cells = cells_of(maps)
+        features, places = cells.max(-1)
+        return self.decode(features, (x.shape[-2], x.shape[-1]), noise, places)
+
+
+def train_codec(
+    images: Images,
+    rng: Generator,
+    *,
+    how: Upsampling = "random",
+    classifier_updates: int = 1500,
+    decoder_updates: int = 3000,
+    batch: int = 128,
+    encoder: Encoder | None = None,
+) -> Codec:
+    """A codec for images like these (uint8, labelled), on their device, frozen.
+
+    encoder: one that is there already; else it is trained as the first block of a classifier.
+    """
+    device, channels = images.x.device, images.x.shape[1]
+    seed = draw_seed(rng)
+    classes = int(images.y.max()) + 1
+    with seeded_globals(stream(seed, "codec")):
+        codec = Codec(channels, how).to(device)
+        rest = nn.Sequential(
+            nn.Conv2d(WIDTH, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(128, 256, 3, padding=1), nn.BatchNorm2d(256), nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, classes),
+        ).to(device)  # fmt: skip
+    sample = training.to_float(images.x[:: max(1, len(images) // 2000)])
+    codec.encoder.mean.copy_(sample.mean((0, 2, 3)).view(-1, 1, 1))
+    codec.encoder.std.copy_(sample.std((0, 2, 3)).clamp_min(1 / 255).view(-1, 1, 1))
+    if encoder is not None:
+        codec.encoder.load_state_dict(encoder.state_dict())
+    else:
+        adam = torch.optim.Adam([*codec.encoder.parameters(), *rest.parameters()], lr=1e-3)
+        for update, (x, y) in enumerate(_batches(images, classifier_updates, batch, seed)):
+            with training.autocast(device):
+                logits = rest(codec.encoder(x))
+            loss = F.cross_entropy(logits.float(), y)
+            adam.zero_grad(set_to_none=True)
+            loss.backward()
+            adam.step()
+            report("encoder", update + 1, classifier_updates)
+    codec.encoder.requires_grad_(False)
+    codec.decoder.deviation.copy_(_left_out(codec.encoder, sample[:256]))
+    adam = torch.optim.Adam(codec.decoder.parameters(), lr=1e-3)
+    size = images.x.shape[-2:]
+    for update, (x, _) in enumerate(_batches(images, decoder_updates, batch, seed + 1)):
+        draws = stream(seed, "noise", update)
+        few = torch.randn(_DRAWS, WIDTH, *size, generator=draws).to(device)
+        noise = few[torch.arange(len(x), device=device) % _DRAWS]
+        for group in adam.param_groups:
+            group["lr"] = 1e-3 * (1 - update / decoder_updates)
+        with training.autocast(device):
+            back = codec(x, noise if how == "random" else None)
+        loss = F.mse_loss(back.float(), x)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+        report("decoder", update + 1, decoder_updates)
+    return codec.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _left_out(encoder: Encoder, x: Tensor) -> Tensor:
+    """(64, 1, 1) deviation about 0 of the values that pooling drops."""
+    cells = cells_of(encoder.maps(x))
+    dropped = cells.sort(-1).values[..., :3]
+    known = torch.where(dropped.isinf(), 0, dropped)
+    return known.square().mean((0, 2, 3, 4)).sqrt().clamp_min(1e-3).view(-1, 1, 1)
+
+
+def _batches(
+    images: Images, updates: int, batch: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of float images and labels, mirrored half of the time."""
+    for update in range(updates):
+        draws = stream(seed, "batch", update)
+        rows = torch.randint(len(images), (min(batch, len(images)),), generator=draws)
+        x = training.to_float(images.x[rows.to(images.x.device)])
+        if torch.rand((), generator=draws) < 0.5:
+            x = x.flip(3)
+        yield x, images.y[rows.to(images.y.device)]
