@@ -12,6 +12,8 @@ Departs: the encoder is the first block of a small network trained on the data a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 from arena.core import training
 from arena.core.contracts import Images
 from arena.core.progress import report
+from arena.core.registry import BadInput, nearest
 from arena.core.seeding import draw_seed, seeded_globals, stream
 
 WIDTH = 64  # channels of the features
@@ -130,6 +133,28 @@ class Codec(nn.Module):
         cells = cells_of(maps)
         features, places = cells.max(-1)
         return self.decode(features, (x.shape[-2], x.shape[-1]), noise, places)
+
+
+@cache
+def shipped(name: str, how: Upsampling) -> Codec:
+    """A codec that travels with the arena (`arena/assets`, made by tools/make_codec.py), frozen.
+
+    Raises BadInput where there is none of that name.
+    """
+    from safetensors.torch import load_file
+
+    file = Path(__file__).parents[2] / "assets" / f"codec-{name}.safetensors"
+    if not file.is_file():
+        known = [path.stem.removeprefix("codec-") for path in file.parent.glob("codec-*")]
+        raise BadInput(f"There is no encoder {name!r}; {nearest(name, known)}.")
+    kept = {key: value.float() for key, value in load_file(file).items()}
+    codec = Codec(len(kept["encoder.mean"]), how)
+    own = f"{how}."
+    decoder = {k.removeprefix(own): v for k, v in kept.items() if k.startswith(own)}
+    encoder = {k.removeprefix("encoder."): v for k, v in kept.items() if k.startswith("encoder.")}
+    codec.encoder.load_state_dict(encoder)
+    codec.decoder.load_state_dict(decoder)
+    return codec.eval().requires_grad_(False)
 
 
 def train_codec(

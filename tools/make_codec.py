@@ -1,0 +1,69 @@
+"""Train the encoder and the decoders that DECK's triggers are made with: an asset of the arena.
+
+    python tools/make_codec.py DATASET NAME [--data-dir DIR] [--updates 1500]
+
+One encoder, and a decoder for each way to upsample, stored in half precision. The mean squared
+error of images that the training did not see stands beside each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from arena import data as datasets
+from arena.core import training
+from arena.core.inversion.codec import WIDTH, Codec, train_codec
+from arena.core.progress import listening
+from arena.core.seeding import stream
+
+KINDS = ("random", "zero", "nearest", "swwae")
+
+
+def main(options: argparse.Namespace) -> None:
+    data = datasets.load(options.dataset, data_dir=options.data_dir)
+    kept: dict[str, torch.Tensor] = {}
+    encoder = None
+    for kind in KINDS:
+        with listening(_tell):
+            codec = train_codec(
+                data.train, stream(0, "codec", kind),
+                how=kind, encoder=encoder,
+                classifier_updates=options.updates, decoder_updates=options.updates,
+            )  # fmt: skip
+        encoder = codec.encoder
+        print(
+            f"{kind}: mean squared error {error(codec, data.test.x[:500]):.5f} in [0, 1]",
+            flush=True,
+        )
+        kept |= {f"{kind}.{name}": value for name, value in codec.decoder.state_dict().items()}
+        kept |= {f"encoder.{name}": value for name, value in codec.encoder.state_dict().items()}
+    place = Path(__file__).parents[1] / "arena" / "assets" / f"codec-{options.name}.safetensors"
+    save_file({name: value.half().contiguous() for name, value in kept.items()}, place)
+    print(f"written: {place} ({place.stat().st_size / 1e6:.2f} MB)")
+
+
+@torch.no_grad()
+def error(codec: Codec, x: torch.Tensor) -> float:
+    """Of images there and back, clipped as they would be shown."""
+    shown = training.to_float(x)
+    noise = torch.randn(1, WIDTH, *x.shape[2:], generator=stream(0, "noise"))
+    back = codec(shown, noise if codec.how == "random" else None).clamp(0, 1)
+    return float((back - shown).square().mean())
+
+
+def _tell(what: str, done: float, total: float, figures: dict[str, float]) -> None:
+    if done % 200 == 0 or done == total:
+        print(f"{what}: {done:.0f} of {total:.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train the codec of DECK's triggers.")
+    parser.add_argument("dataset")
+    parser.add_argument("name")
+    parser.add_argument("--data-dir", type=Path, default=None)
+    parser.add_argument("--updates", type=int, default=1500)
+    main(parser.parse_args())
