@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import toys
@@ -28,3 +31,16 @@ def planted(monkeypatch) -> Classifier:
 def clean() -> Images:
     """200 clean images for the toy."""
     return toys.images(200, stream(0, "clean"))
+
+
+@pytest.fixture(scope="session")
+def examined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A store, and its cells without a defense: their keys by the attack's short spec."""
+    from test_cli import arena
+
+    store = tmp_path_factory.mktemp("examined") / "store"
+    words = "run -d signs:size=800,classes=5 -m fastnet_small -a patch -a patch:mode=all_to_all"
+    answer = arena(*words.split(), "-D", "none", "--recipe", "smoke", "--store", store)
+    assert answer.code in (0, 1), answer.err
+    rows = json.loads(arena("results", "--store", store, "--format", "json").out)
+    return store, {r["attack_short"]: r["key"] for r in rows if r["defense_name"] == "none"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -142,18 +141,8 @@ def test_a_subspace_holds_the_energy_asked_for(monkeypatch):
 # --------------------------------------------------------------------------------- arena detect
 
 
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    store = tmp_path_factory.mktemp("detect") / "store"
-    words = "run -d signs:size=1500,classes=5 -m fastnet_small -a patch -a patch:mode=all_to_all"
-    answer = arena(*words.split(), "-D", "none", "--recipe", "smoke", "--store", store)
-    assert answer.code in (0, 1), answer.err
-    rows = json.loads(arena("results", "--store", store, "--format", "json").out)
-    return store, {row["attack_short"]: row["key"] for row in rows if row["defense_name"] == "none"}
-
-
-def test_detectors_on_a_cell(cells):
-    store, keys = cells
+def test_detectors_on_a_cell(examined):
+    store, keys = examined
     words = ("detect", keys["patch"], "--store", store, "--device", "cpu", "--clean-share", 0.1)
     words = (*words, "--n", 20, "--draws", 2, "--ratio", 1.0, "--ratio", 0.25)
     answer = arena(*words, "--json")
@@ -183,14 +172,14 @@ def test_detectors_on_a_cell(cells):
         (("--n", 20, "--clean-share", 2), "--clean-share must be above 0 and at most 1"),
     ],
 )
-def test_questions_that_cannot_be(cells, words, told):
-    store, keys = cells
+def test_questions_that_cannot_be(examined, words, told):
+    store, keys = examined
     answer = arena("detect", keys["patch"], *words, "--store", store, "--device", "cpu")
     assert_refused(answer, told)
 
 
-def test_cells_without_one_target_are_refused(cells):
-    store, keys = cells
+def test_cells_without_one_target_are_refused(examined):
+    store, keys = examined
     answer = arena("detect", keys["none"], "--store", store)
     assert_refused(answer, "has no triggered images to detect")
     answer = arena("detect", keys["patch:mode=all_to_all"], "--store", store)

@@ -439,8 +439,8 @@ def test_a_universal_perturbation_stays_in_its_ball_and_keeps_the_best(frozen, c
     (answer,) = invert(frozen, family, [Problem(1, 2)], coloured, search)
     assert answer.size == pytest.approx(40, abs=0.01)
     change = answer.trigger["change"] * 255
-    assert change[2].mean() > 39  # the planted network looks at the mean of a colour
-    assert change[1].mean() < -39
+    assert change[2].mean() > 35  # the planted network looks at the mean of a colour
+    assert change[1].mean() < -35
 
 
 def test_cross_entropy_counts_up_to_beta():

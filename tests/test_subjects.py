@@ -20,19 +20,14 @@ from arena.subjects import of_checkpoint, read_weights
 FEW = ("--samples", 5, "--steps", 3, "--restarts", 2, "--pairs", "0:1,2:0", "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("subjects") / "store"
-    words = "run -d signs:size=400,classes=5 -m fastnet_small -a patch -D none --recipe smoke -s 0"
-    answer = arena(*words.split(), "--store", folder)
-    assert answer.code == 0, answer.err
-    return folder
+@pytest.fixture
+def store(examined) -> Path:
+    return examined[0]
 
 
-@pytest.fixture(scope="module")
-def cells(store: Path) -> dict[str, str]:
-    rows = json.loads(arena("results", "--store", store, "--format", "json").out)
-    return {f"{row['attack_name']} {row['defense_name']}": row["key"] for row in rows}
+@pytest.fixture
+def cells(examined) -> dict[str, str]:
+    return examined[1]
 
 
 @pytest.fixture
@@ -107,7 +102,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, network):
 
 
 def test_distances_of_a_cell(store, cells):
-    key = cells["patch none"]
+    key = cells["patch"]
     words = ("distance", key[:10], "--store", store, *FEW, "--asr", 0.01)
     answer = arena(*words, "--json")
     assert answer.code == 0, answer.err
@@ -130,7 +125,7 @@ def test_distances_of_a_cell(store, cells):
 
 
 def test_the_improvement_over_a_baseline(store, cells):
-    one, two = cells["patch none"], cells["none none"]
+    one, two = cells["patch"], cells["none"]
     words = ("--store", store, *FEW, "--asr", 0.01, "--json")
     found = json.loads(arena("distance", one, "--baseline", two, *words).out)
     other = json.loads(arena("distance", two, *words).out)
@@ -145,7 +140,7 @@ def test_the_improvement_over_a_baseline(store, cells):
 
 
 def test_pairs_without_a_trigger_are_no_distance(store, cells):
-    words = ("distance", cells["none none"], "--store", store, "--samples", 5, "--steps", 1)
+    words = ("distance", cells["none"], "--store", store, "--samples", 5, "--steps", 1)
     answer = arena(*words, "--restarts", 1, "--pairs", "0:1", "--asr", 1.0, "--json")
     found = json.loads(answer.out)
     assert found["unreached"] == [[0, 1]]
@@ -176,7 +171,7 @@ def test_pairs_without_a_trigger_are_no_distance(store, cells):
     ],
 )
 def test_bad_questions(store, cells, words, told):
-    words = [cells["none none"] if word == "CELL" else word for word in words]
+    words = [cells["none"] if word == "CELL" else word for word in words]
     before = sorted(path.name for path in (store / "artifacts").rglob("*"))
     answer = arena("distance", *words, "--store", store)
     assert_refused(answer, told)
@@ -194,7 +189,7 @@ def test_a_question_knows_its_family_s_settings():
 
 
 def test_a_trigger_as_picture_and_numbers(store, cells, tmp_path):
-    key, place = cells["patch none"], tmp_path / "found"
+    key, place = cells["patch"], tmp_path / "found"
     words = ("--samples", 20, "--steps", 60, "--restarts", 1, "--device", "cpu", "--asr", 0.8)
     words = ("invert", key, "-t", 0, "--store", store, *words, "-o", place, "--prune-to", 4)
     answer = arena(*words, "--json")
@@ -222,7 +217,7 @@ def test_a_trigger_as_picture_and_numbers(store, cells, tmp_path):
     ],
 )
 def test_triggers_that_cannot_be(store, cells, words, told):
-    answer = arena("invert", cells["none none"], *words, "--store", store, "--device", "cpu")
+    answer = arena("invert", cells["none"], *words, "--store", store, "--device", "cpu")
     assert_refused(answer, told)
 
 
@@ -254,7 +249,7 @@ def test_rescaling_enlarges_the_middle_and_rotation_turns_about_it():
 
 
 def test_a_verdict_on_a_cell(store, cells, tmp_path):
-    words = ("scan", cells["patch none"], "--store", store, "--device", "cpu", "--clean-share", 0.2)
+    words = ("scan", cells["patch"], "--store", store, "--device", "cpu", "--clean-share", 0.2)
     words = (*words, "--method", "nc:steps=40,samples=16", "-o", tmp_path / "trigger.png")
     answer = arena(*words, "--json")
     assert answer.code == 0, answer.err
@@ -265,7 +260,7 @@ def test_a_verdict_on_a_cell(store, cells, tmp_path):
     assert (found["target"] is None) == (not found["backdoored"])
     assert (tmp_path / "trigger.png").exists() == found["backdoored"]
     assert found["budget"]["backward_images"] > 0
-    assert 50 < found["clean_images"] < 90
+    assert 100 < found["clean_images"] < 170
     told = arena(*words).out
     assert "suspicious above 2" in told
     assert found["classes"][4] in told
@@ -275,12 +270,12 @@ def test_a_verdict_on_a_cell(store, cells, tmp_path):
     ("words", "told"),
     [
         (("--method", "pixl"), "There is no scanner 'pixl'; did you mean 'pixel'?"),
-        (("--method", "finetune"), "finetune repairs but scans nothing; scanners: nc"),
+        (("--method", "finetune"), "finetune repairs but scans nothing; scanners: k_arm, nc"),
         (("--method", "nc:asr=2"), "asr must be at most 1"),
         (("--clean-share", 0), "--clean-share must be above 0"),
-        (("--clean-share", 0.01), "clean set"),
+        (("--clean-share", 0.005), "clean set"),
     ],
 )
 def test_scans_that_cannot_be(store, cells, words, told):
-    answer = arena("scan", cells["none none"], *words, "--store", store, "--device", "cpu")
+    answer = arena("scan", cells["none"], *words, "--store", store, "--device", "cpu")
     assert_refused(answer, told)
