@@ -60,7 +60,7 @@ CheckpointOption = Annotated[
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Their network.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", "-d", help="Their data set.")]
 MethodOption = Annotated[
-    str, typer.Option(help="Trigger family: nc, pixel, filter, uap, cw, with fields.")
+    str, typer.Option(help="A family of triggers, with fields; see `arena list triggers`.")
 ]
 RestartsOption = Annotated[int, typer.Option(help="Searches per trigger; the smallest counts.")]
 SamplesOption = Annotated[int, typer.Option(help="Images per search.")]
@@ -459,6 +459,7 @@ KINDS = (
     "defenses",
     "scanners",
     "detectors",
+    "triggers",
     "datasets",
     "models",
     "metrics",

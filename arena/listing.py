@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from arena.boards import QUICKSTART, Board, read_board
+from arena.core.inversion.families import families
 from arena.core.metric_list import METRICS
 from arena.core.registry import BadInput, Field, Method, attacks, defenses, nearest, show_value
 from arena.data.catalogue import CATALOGUE, DatasetInfo
@@ -64,6 +65,18 @@ def _defenses(power: str | None = None) -> list[Line]:
         }
         for method in defenses.describe_all()
         if power is None or power in method.powers
+    ]
+
+
+def _triggers() -> list[Line]:
+    return [
+        {
+            "name": method.name,
+            "summary": method.summary,
+            "size in": method.traits["unit"],
+            "fields": _defaults(method.fields),
+        }
+        for method in families.describe_all()
     ]
 
 
@@ -124,6 +137,7 @@ LISTS: dict[str, Callable[[], list[Line]]] = {
     "defenses": _defenses,
     "scanners": lambda: _defenses("scans"),
     "detectors": lambda: _defenses("detects"),
+    "triggers": _triggers,
     "datasets": _datasets,
     "models": _models,
     "metrics": _metrics,
@@ -142,7 +156,7 @@ def describe(name: str) -> Line:
     with the nearest name of all.
     """
     found: list[Line] = []
-    for registry in (attacks, defenses):
+    for registry in (attacks, defenses, families):
         if name in registry.names():
             found.append(_method(registry.describe(name)))
     if name in CATALOGUE:
@@ -199,9 +213,19 @@ def _method(method: Method) -> Line:
             }
             for field in method.fields
         ],
-        "example": f"{'-a' if attack else '-D'} {method.name}{':' if example else ''}{example}",
+        "example": f"{_asked(method)} {method.name}{':' if example else ''}{example}",
         "file": method.path,
     }
+
+
+def _asked(method: Method) -> str:
+    """The words of a command line before the method's spec."""
+    if method.kind == "trigger family":
+        return "arena distance CELL --method"
+    for power, words in (("repairs", "-D"), ("scans", "arena scan CELL --method")):
+        if power in method.powers:
+            return words
+    return "arena detect CELL --method" if "detects" in method.powers else "-a"
 
 
 def _dataset(info: DatasetInfo) -> Line:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from arena import cli, doctor, listing
+from arena.core.inversion.families import families
 from arena.core.registry import BadInput, attacks, defenses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,10 +245,7 @@ def test_list(empty: Path, kind: str) -> None:
     assert text.code == 0
     for line in lines:
         assert line["name"].split()[0] in text.out
-    if kind not in ("scanners", "detectors"):
-        assert lines
-    elif not lines:
-        assert text.out == f"There are no {kind} yet.\n"
+    assert lines
 
 
 def test_lists_are_complete() -> None:
@@ -294,6 +292,19 @@ def test_info_tells_all_kinds_of_a_name() -> None:
     assert [entry["kind"] for entry in listing.describe("none")["found"]] == ["attack", "defense"]
 
 
+def test_info_says_how_each_kind_of_method_is_asked() -> None:
+    found = {
+        (name, entry["kind"]): entry["example"]
+        for name in ("pixel", "finetune", "spectral", "sig", "nc")
+        for entry in listing.describe(name)["found"]
+    }
+    assert found["pixel", "defense"].startswith("arena scan CELL --method pixel")
+    assert found["pixel", "trigger family"].startswith("arena distance CELL --method pixel")
+    assert found["spectral", "defense"].startswith("arena detect CELL --method spectral")
+    assert found["finetune", "defense"].startswith("-D finetune")
+    assert found["sig", "attack"].startswith("-a sig")
+
+
 def test_info_of_a_field() -> None:
     (entry,) = listing.describe("patch")["found"]
     field = {f["name"]: f for f in entry["fields"]}["rate"]
@@ -304,12 +315,12 @@ def test_info_of_a_field() -> None:
     assert entry["source"].startswith("Gu et al. 2017")
 
 
-@pytest.mark.parametrize("registry", [attacks, defenses], ids=["attacks", "defenses"])
+@pytest.mark.parametrize("registry", [attacks, defenses, families], ids=lambda r: r.kind)
 def test_examples_can_be_built(registry) -> None:
     for name in registry.names():
         for entry in listing.describe(name)["found"]:
             if entry["kind"] == registry.kind:
-                assert registry.build(entry["example"].split(" ", 1)[1]) == registry.build(name)
+                assert registry.build(entry["example"].rpartition(" ")[2]) == registry.build(name)
 
 
 def test_info_names_the_nearest_of_all() -> None:
