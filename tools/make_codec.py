@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from arena import data as datasets
 from arena.core import training
-from arena.core.inversion.codec import WIDTH, Codec, train_codec
+from arena.core.inversion.codec import WIDTH, Codec, Upsampling, train_codec
 from arena.core.progress import listening
 from arena.core.seeding import stream
 
-KINDS = ("random", "zero", "nearest", "swwae")
+KINDS: tuple[Upsampling, ...] = ("random", "zero", "nearest", "swwae")
 
 
 def main(options: argparse.Namespace) -> None:
