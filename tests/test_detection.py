@@ -14,7 +14,7 @@ from arena.core import detection
 from arena.core.contracts import Detects, Images
 from arena.core.registry import BadInput, defenses
 from arena.core.seeding import stream
-from arena.defenses import spectral, subspace
+from arena.defenses import activation_clustering, spectral, subspace
 
 DETECTORS = detecting.detectors()
 
@@ -98,6 +98,36 @@ def test_too_few_inputs_are_refused(detector):
     x = x if detector.method_name == "subspace" else x[:1]
     with pytest.raises(BadInput, match=r"needs \d .* or more, got 1"):
         detector.score(model_with(0.0), x, few, stream(0, "score"))
+
+
+def test_leading_coordinates_are_those_of_the_singular_vectors():
+    points = torch.randn(12, 40, generator=stream(0, "points"), dtype=torch.float64)
+    points[:, 3:] *= 0.1
+    found = activation_clustering.leading(points, 5)
+    u, s, _ = torch.linalg.svd(points - points.mean(0), full_matrices=False)
+    assert torch.allclose(found.abs(), (u * s)[:, :5].abs())
+    line = torch.arange(6.0).double()[:, None] * torch.ones(1, 9).double()
+    assert activation_clustering.leading(line, 5).shape == (6, 1)  # they differ along one alone
+    assert activation_clustering.leading(torch.ones(6, 9).double(), 5).shape == (6, 0)
+
+
+def test_clusters_are_found_among_many_components_of_few_inputs(monkeypatch):
+    """Reduced, every component has variance 1: random starts end at far inputs."""
+    noise = torch.randn(100, 60, generator=stream(0, "noise"))
+    stamped = torch.arange(100) < 40
+    noise[stamped, 0] += 20
+    monkeypatch.setattr(activation_clustering, "flat_features", lambda model, x, level: noise)
+    method = activation_clustering.ActivationClustering()
+    scores = method.score(None, torch.zeros(100), None, stream(0))
+    assert torch.equal(scores.bool(), stamped)
+
+
+def test_inputs_that_are_alike_inside_are_not_suspected(monkeypatch):
+    monkeypatch.setattr(
+        activation_clustering, "flat_features", lambda model, x, level: torch.ones(10, 5)
+    )
+    method = activation_clustering.ActivationClustering()
+    assert not method.score(None, torch.zeros(10), None, stream(0)).any()
 
 
 def test_spectral_scores_are_squares_along_the_first_direction(monkeypatch):

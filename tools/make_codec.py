@@ -1,6 +1,6 @@
 """Train the encoder and the decoders that DECK's triggers are made with: an asset of the arena.
 
-    python tools/make_codec.py DATASET NAME [--data-dir DIR] [--updates 1500]
+    python tools/make_codec.py DATASET NAME [--encoder torchvision:vgg16] [--data-dir DIR]
 
 One encoder, and a decoder for each way to upsample, stored in half precision. The mean squared
 error of images that the training did not see stands beside each.
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from arena import data as datasets
 from arena.core import training
-from arena.core.inversion.codec import WIDTH, Codec, Upsampling, train_codec
+from arena.core.inversion.codec import WIDTH, Codec, Upsampling, packed, train_codec, vgg_encoder
 from arena.core.progress import listening
 from arena.core.seeding import stream
 
@@ -25,8 +25,10 @@ KINDS: tuple[Upsampling, ...] = ("random", "zero", "nearest", "swwae")
 
 def main(options: argparse.Namespace) -> None:
     data = datasets.load(options.dataset, data_dir=options.data_dir)
-    kept: dict[str, torch.Tensor] = {}
+    codecs = []
     encoder = None
+    if options.encoder is not None:
+        encoder = vgg_encoder(options.encoder.removeprefix("torchvision:"))
     for kind in KINDS:
         with listening(_tell):
             codec = train_codec(
@@ -39,10 +41,9 @@ def main(options: argparse.Namespace) -> None:
             f"{kind}: mean squared error {error(codec, data.test.x[:500]):.5f} in [0, 1]",
             flush=True,
         )
-        kept |= {f"{kind}.{name}": value for name, value in codec.decoder.state_dict().items()}
-        kept |= {f"encoder.{name}": value for name, value in codec.encoder.state_dict().items()}
+        codecs.append(codec)
     place = Path(__file__).parents[1] / "arena" / "assets" / f"codec-{options.name}.safetensors"
-    save_file({name: value.half().contiguous() for name, value in kept.items()}, place)
+    save_file(packed(codecs), place)
     print(f"written: {place} ({place.stat().st_size / 1e6:.2f} MB)")
 
 
@@ -64,6 +65,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the codec of DECK's triggers.")
     parser.add_argument("dataset")
     parser.add_argument("name")
+    parser.add_argument("--encoder", help="torchvision:vgg16, say; else it is trained here")
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--updates", type=int, default=1500)
     main(parser.parse_args())

@@ -11,7 +11,7 @@ Departs: the encoder is the first block of a small network trained on the data a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -141,20 +141,67 @@ def shipped(name: str, how: Upsampling) -> Codec:
 
     Raises BadInput where there is none of that name.
     """
+    folder = Path(__file__).parents[2] / "assets"
+    if not (file := folder / f"codec-{name}.safetensors").is_file():
+        known = [path.stem.removeprefix("codec-") for path in sorted(folder.glob("codec-*"))]
+        raise BadInput(f"There is no encoder {name!r}; {nearest(name, known)}")
+    return of_file(file, how)
+
+
+def of_file(file: Path, how: Upsampling) -> Codec:
+    """A codec from safetensors as `packed` makes them, frozen. Raises BadInput on other files."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = Path(__file__).parents[2] / "assets" / f"codec-{name}.safetensors"
-    if not file.is_file():
-        known = [path.stem.removeprefix("codec-") for path in file.parent.glob("codec-*")]
-        raise BadInput(f"There is no encoder {name!r}; {nearest(name, known)}.")
-    kept = {key: value.float() for key, value in load_file(file).items()}
-    codec = Codec(len(kept["encoder.mean"]), how)
-    own = f"{how}."
-    decoder = {k.removeprefix(own): v for k, v in kept.items() if k.startswith(own)}
-    encoder = {k.removeprefix("encoder."): v for k, v in kept.items() if k.startswith("encoder.")}
-    codec.encoder.load_state_dict(encoder)
-    codec.decoder.load_state_dict(decoder)
+    try:
+        kept = {key: value.float() for key, value in load_file(file).items()}
+        codec = Codec(len(kept["encoder.mean"]), how)
+        codec.encoder.load_state_dict(_below(kept, "encoder"))
+        codec.decoder.load_state_dict(_below(kept, how))
+    except (SafetensorError, KeyError, RuntimeError, OSError) as error:
+        raise BadInput(
+            f"{file.name} holds no encoder with a decoder for {how!r} "
+            f"({str(error).splitlines()[0]}); make one with tools/make_codec.py."
+        ) from None
     return codec.eval().requires_grad_(False)
+
+
+def packed(codecs: Iterable[Codec]) -> dict[str, Tensor]:
+    """Codecs of one encoder as tensors for one file, in half precision."""
+    kept: dict[str, Tensor] = {}
+    for codec in codecs:
+        kept |= {f"encoder.{name}": v for name, v in codec.encoder.state_dict().items()}
+        kept |= {f"{codec.how}.{name}": v for name, v in codec.decoder.state_dict().items()}
+    return {name: value.half().cpu().contiguous() for name, value in kept.items()}
+
+
+def _below(kept: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.partition(".")[2]: v for k, v in kept.items() if k.partition(".")[0] == prefix}
+
+
+_VGGS = ("vgg13", "vgg16", "vgg19")  # whose first block has two convolutions
+
+
+def vgg_encoder(name: str) -> Encoder:
+    """The first block of a torchvision VGG with its ImageNet weights, which are downloaded where
+    they are not in torch's cache. Raises BadInput on another network and where they cannot be had.
+    """
+    from torchvision import models
+
+    if name not in _VGGS:
+        raise BadInput(f"torchvision:{name} has no such first block; {nearest(name, _VGGS)}")
+    try:
+        features = models.get_model(name, weights="IMAGENET1K_V1").features
+    except OSError as error:
+        raise BadInput(
+            f"The weights of torchvision's {name} cannot be had ({error}); use the shipped encoder."
+        ) from None
+    encoder = Encoder(3)
+    encoder.mean.copy_(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+    encoder.std.copy_(torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+    encoder.conv1.load_state_dict(features[0].state_dict())
+    encoder.conv2.load_state_dict(features[2].state_dict())
+    return encoder.requires_grad_(False)
 
 
 def train_codec(
