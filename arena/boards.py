@@ -11,6 +11,7 @@ A board's keys and the flags are the same words:
     seed = [0, 1, 2]
     recipe = "fast"
     clean_share = 0.05
+    measure = ["class_distance:pairs=sample:20", "pgd"]  # `arena list measures`; none by default
 
     [[published]]        # as often as wanted: what a paper reports, shown beside what was measured
     attack = "patch"     # as in the list above
@@ -18,7 +19,8 @@ A board's keys and the flags are the same words:
     source = "paper, table, network"
 
 The clean twin (attack `none`) and the null defenses (`none`, `retrain`, `random_prune`) stand in
-every board, whether named or not.
+every board, whether named or not. What a board measures is no part of a cell's key: a measure that
+is added later is made up for, and nothing is repaired again.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from arena.core.registry import BadInput, attacks, defenses, nearest, split_spec
+from arena.core.measures import measures
+from arena.core.registry import BadInput, Registry, attacks, defenses, nearest, split_spec
 
 NULL_DEFENSES = ("none", "retrain", "random_prune")
 RECIPE_NAMES = ("smoke", "fast", "paper")
@@ -61,6 +64,7 @@ class Board:
     recipe: str = "fast"  # or with fields of its own: fast:epochs=20
     clean_share: float = 0.05  # the defender's clean images, as a share of the training set
     timeout: float | None = None  # seconds that one method may take; None: as long as it wants
+    measure: tuple[str, ...] = ()  # beside answers, of every victim and repaired model
     published: tuple[Published, ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,6 +83,13 @@ class Board:
             raise BadInput(f"clean_share must lie in (0, 1], got {self.clean_share:g}.")
         if self.timeout is not None and not self.timeout > 0:
             raise BadInput(f"timeout must be above 0 seconds, got {self.timeout:g}.")
+        names = [split_spec(text)[0] for text in self.measure]
+        for name in names:
+            if names.count(name) > 1:
+                raise BadInput(
+                    f"The board {self.name!r} asks for the measure {name!r} more than once; its "
+                    "columns hold one, so name it once or make two boards."
+                )
         for figure in self.published:
             if figure.attack not in self.attack:
                 raise BadInput(
@@ -90,11 +101,11 @@ class Board:
                 raise BadInput(f"A seed lies between 0 and 2147483647, got {seed}.")
 
     def definition(self) -> dict[str, Any]:
-        """The board as JSON, without its name."""
+        """The board as JSON, without its name, and without `measure` where it asks for none."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
-            if name != "name"
+            if name != "name" and (name != "measure" or value)
         }
 
     def attacks(self) -> list[Any]:
@@ -105,8 +116,12 @@ class Board:
         """The defenses as instances, the null methods first. Raises BadInput."""
         return _built(defenses, (*NULL_DEFENSES, *self.defense))
 
+    def measures(self) -> list[Any]:
+        """The measures as instances, as they were named. Raises BadInput."""
+        return _built(measures, self.measure)
 
-def _built(registry: Any, specs: tuple[str, ...]) -> list[Any]:
+
+def _built(registry: Registry, specs: tuple[str, ...]) -> list[Any]:
     made: list[Any] = []
     for text in specs:
         instance = registry.build(text)
@@ -117,7 +132,8 @@ def _built(registry: Any, specs: tuple[str, ...]) -> list[Any]:
 
 def check_names(board: Board) -> None:
     """Check method names and field names without importing any method (fast, no torch)."""
-    for registry, specs in ((attacks, board.attack), (defenses, board.defense)):
+    asked = ((attacks, board.attack), (defenses, board.defense), (measures, board.measure))
+    for registry, specs in asked:
         for text in specs:
             name, values = split_spec(text)
             described = registry.describe(name)

@@ -6,6 +6,7 @@ written), 130 stopped by the user. Heavy modules are imported inside the command
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -61,6 +62,12 @@ ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Their ne
 DatasetOption = Annotated[str | None, typer.Option("--dataset", "-d", help="Their data set.")]
 MethodOption = Annotated[
     str, typer.Option(help="A family of triggers, with fields; see `arena list triggers`.")
+]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With deck: a shipped encoder, a file of one, or torchvision:vgg16 (ImageNet)."
+    ),
 ]
 RestartsOption = Annotated[int, typer.Option(help="Searches per trigger; the smallest counts.")]
 SamplesOption = Annotated[int, typer.Option(help="Images per search.")]
@@ -173,6 +180,12 @@ def run(
         float | None, typer.Option(help="The defender's share of the training set, in (0, 1].")
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that one method may take.")] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--measure", help="Also measure NAME or NAME:field=value,…; see `arena list measures`."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Methods that run side by side.")] = 1,
     data_dir: DataDirOption = None,
@@ -192,6 +205,7 @@ def run(
         "recipe": recipe,
         "clean_share": clean_share,
         "timeout": timeout,
+        "measure": measure,
     }
     flags = {key: value for key, value in given.items() if value is not None and value != []}
     if board is not None:
@@ -385,7 +399,8 @@ def _print_plan(runner: Runner, as_json: bool) -> None:
 
 def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
     """Write the leaderboard, show it, and say how the run ended."""
-    from arena.report.rows import flatten
+    from arena.measuring import lacking
+    from arena.report.rows import aligned, flatten
     from arena.runner import board_records
     from arena.watch import print_table
 
@@ -395,7 +410,7 @@ def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
     paths = _build(store, records, board.name, None)
     rows = [flatten(record) for record in records]
     if as_json:
-        print(json.dumps(rows, indent=1, allow_nan=False))
+        print(json.dumps(aligned(rows), indent=1, allow_nan=False))
     else:
         print_table(rows)
         print(f"\n{summary.done} cells done, {summary.cached} were there before.")
@@ -406,23 +421,35 @@ def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
             f"{record['seed']}: {record['status']}: {record['reason']}",
             file=sys.stderr,
         )
-    return 1 if summary.failed else 0
+    for record in summary.unmeasured:
+        for asked in lacking(record, plan.measures):
+            why = record["measures"][asked.spec]["reason"]
+            print(
+                f"arena: {record['defense']['short']} against {record['attack']['short']}, seed "
+                f"{record['seed']}: {asked.name} failed: {why}",
+                file=sys.stderr,
+            )
+    return 1 if summary.failed or summary.unmeasured else 0
 
 
 def _build(store: Store, records: list[dict[str, Any]], name: str, out: Path | None) -> list[Path]:
+    from arena.core.measures import COLUMNS
     from arena.core.metric_list import METRICS
     from arena.gallery import pictures
     from arena.report.page import write_leaderboard
+    from arena.report.rows import flatten, measured_columns
 
     if not records:
         raise BadInput(f"The board {name!r} has no finished cells yet; run it first.")
+    shown = measured_columns(map(flatten, records))
+    metrics = [*METRICS, *(column for column in COLUMNS if column.name in shown)]
     [board] = [known for known in store.boards() if known["name"] == name][-1:]
     definition = board["definition"]
     return write_leaderboard(
         records,
         pictures(store, records),
         out or store.root / "leaderboard" / name,
-        [metric._asdict() for metric in METRICS],
+        [metric._asdict() for metric in metrics],
         definition.get("title") or f"Backdoor Arena: {name}",
         board["command"],
         definition.get("published", ()),
@@ -460,6 +487,7 @@ KINDS = (
     "scanners",
     "detectors",
     "triggers",
+    "measures",
     "datasets",
     "models",
     "metrics",
@@ -488,7 +516,9 @@ def list_(
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="An attack, defense, data set, model or metric.")],
+    name: Annotated[
+        str, typer.Argument(help="An attack, defense, measure, data set, model or metric.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """What a method does: its fields with units, ranges, defaults, and its source."""
@@ -586,6 +616,7 @@ def distance(
     model: ModelOption = None,
     dataset: DatasetOption = None,
     method: MethodOption = "nc",
+    encoder: EncoderOption = None,
     pairs: Annotated[
         str, typer.Option(help="all, sample:20, or victim:target pairs such as 0:1,3:5.")
     ] = "all",
@@ -621,6 +652,9 @@ def distance(
 
         other = of_cell(opened, baseline, data_dir)
     with _status("inverting triggers", quiet=as_json):
+        if encoder is not None:
+            method = inverting.with_encoder(method, encoder, subject, opened)
+            question = dataclasses.replace(question, method=method)
         found = inverting.class_distances(
             subject, question, pairs, opened,
             baseline=other,
@@ -647,6 +681,7 @@ def invert(
         int | None, typer.Option("--victim", "-v", help="Class that it works on; else all.")
     ] = None,
     method: MethodOption = "nc",
+    encoder: EncoderOption = None,
     restarts: RestartsOption = 3,
     samples: SamplesOption = 100,
     steps: StepsOption = None,
@@ -676,6 +711,9 @@ def invert(
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split)
     opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
     with _status("inverting a trigger", quiet=as_json):
+        if encoder is not None:
+            method = inverting.with_encoder(method, encoder, subject, opened)
+            question = dataclasses.replace(question, method=method)
         found = inverting.inverted(
             subject, question, victim, target, opened,
             prune_to=prune_to or (),
@@ -817,7 +855,7 @@ def results(
 ) -> None:
     """The rows of a store: one per cell for scripts (json), means over seeds for people."""
     from arena.report import tables
-    from arena.report.rows import flatten
+    from arena.report.rows import aligned, flatten
     from arena.runner import board_records
     from arena.watch import print_table
 
@@ -833,7 +871,7 @@ def results(
     if seed is not None:
         rows = [row for row in rows if row["seed"] == seed]
     if format == "json":
-        print(json.dumps(rows, indent=1, allow_nan=False))
+        print(json.dumps(aligned(rows), indent=1, allow_nan=False))
     elif format == "table":
         print_table(rows)
     else:

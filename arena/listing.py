@@ -14,6 +14,7 @@ from typing import Any
 
 from arena.boards import QUICKSTART, Board, read_board
 from arena.core.inversion.families import families
+from arena.core.measures import COLUMNS, measures
 from arena.core.metric_list import METRICS
 from arena.core.registry import BadInput, Field, Method, attacks, defenses, nearest, show_value
 from arena.data.catalogue import CATALOGUE, DatasetInfo
@@ -80,6 +81,13 @@ def _triggers() -> list[Line]:
     ]
 
 
+def _measures() -> list[Line]:
+    return [
+        {"name": method.name, "summary": method.summary, "fields": _defaults(method.fields)}
+        for method in measures.describe_all()
+    ]
+
+
 def _defaults(fields: tuple[Field, ...]) -> list[str]:
     return [f"{field.name}={show_value(field.default)}" for field in fields]
 
@@ -110,7 +118,7 @@ def _models() -> list[Line]:
 
 
 def _metrics() -> list[Line]:
-    return [metric._asdict() for metric in METRICS]
+    return [metric._asdict() for metric in (*METRICS, *COLUMNS)]
 
 
 def _boards() -> list[Line]:
@@ -138,6 +146,7 @@ LISTS: dict[str, Callable[[], list[Line]]] = {
     "scanners": lambda: _defenses("scans"),
     "detectors": lambda: _defenses("detects"),
     "triggers": _triggers,
+    "measures": _measures,
     "datasets": _datasets,
     "models": _models,
     "metrics": _metrics,
@@ -156,7 +165,7 @@ def describe(name: str) -> Line:
     with the nearest name of all.
     """
     found: list[Line] = []
-    for registry in (attacks, defenses, families):
+    for registry in (attacks, defenses, families, measures):
         if name in registry.names():
             found.append(_method(registry.describe(name)))
     if name in CATALOGUE:
@@ -170,7 +179,7 @@ def describe(name: str) -> Line:
             "better": metric.better,
             "source": metric.source,
         }
-        for metric in METRICS
+        for metric in (*METRICS, *COLUMNS)
         if metric.name == name
     ]
     found += [
@@ -222,6 +231,8 @@ def _asked(method: Method) -> str:
     """The words of a command line before the method's spec."""
     if method.kind == "trigger family":
         return "arena distance CELL --method"
+    if method.kind == "measure":
+        return "arena run --measure"
     for power, words in (("repairs", "-D"), ("scans", "arena scan CELL --method")):
         if power in method.powers:
             return words
@@ -397,6 +408,9 @@ def cell(record: Mapping[str, Any]) -> str:
     ):
         if facts:
             blocks.append(f"{title}\n{_facts(facts)}")
+    if measured := record.get("measures"):
+        said = {found["short"]: _measure_line(found) for found in measured.values()}
+        blocks.append(f"Measures\n{_facts(said)}")
     if probes := record.get("probes"):
         said = {
             name: f"true class {_number(p['ra'])}, target {_number(p['asr'])}, {p['images']} images"
@@ -443,6 +457,24 @@ def _metric_lines(record: Mapping[str, Any]) -> dict[str, str]:
             text += f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})"
         lines[name] = text
     return lines
+
+
+def _measure_line(found: Mapping[str, Any]) -> str:
+    """`distance 3.1000 -> 4.2000, distance gain 0.3548, …`, and how it was found; or why not."""
+    if found["status"] != "ok":
+        return f"failed: {found['reason']}"
+    columns, after = found["columns"], found["after"]
+    told = []
+    for name, value in columns.items():
+        if name.endswith("_before"):
+            continue
+        before = f"{_number(columns[f'{name}_before'])} -> " if f"{name}_before" in columns else ""
+        told.append(f"{name.replace('_', ' ')} {before}{_number(value)}")
+    told += [f"{after[name]} {name}" for name in after if name in _COUNTED]
+    return f"{', '.join(told)} ({after['seconds']:.0f} s on {after['device']})"
+
+
+_COUNTED = ("images", "pairs", "unreached")  # figures of readings that are numbers of something
 
 
 def _number(value: Any) -> str:

@@ -4,6 +4,7 @@ A cell's life: the clean twin and the victim are trained (each once per data set
 attack and seed), the referee measures them; a defense repairs the victim in a process of its own;
 the referee measures again; one record is written. Every arrow is an artifact under a content key,
 so whatever was finished before a stop is never done twice, and several runners may share a store.
+What a board asks for beside answers (its measures) is entered into the record once that is written.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,9 +44,11 @@ from arena.core.registry import (
     registry_of,
     short_spec,
     spec_of,
+    split_spec,
 )
 from arena.core.seeding import stream
 from arena.data import Dataset
+from arena.measuring import Asked, entry, failure, key_of, lacking
 from arena.referee import isolate
 from arena.referee.isolate import Failed, Refused, Stop
 from arena.store import Artifact, DiskFull, Store, digest, file_sha256, load_tensors, save_tensors
@@ -53,6 +56,7 @@ from arena.store import Artifact, DiskFull, Store, digest, file_sha256, load_ten
 log = logging.getLogger("arena")
 
 FINAL = ("ok", "not_established", "collapsed", "not_applicable")  # others are tried again
+RECORD_BYTES = 20_000  # of a record and a reading: enough
 PROTOCOL = 2  # of training and scoring inside arena.referee.worker; raised when results change
 
 
@@ -119,6 +123,7 @@ class Plan:
     board: Board
     victims: tuple[Victim, ...]  # by seed, twins first
     cells: tuple[Cell, ...]  # by seed, those of the twins first
+    measures: tuple[Asked, ...] = ()
 
 
 def method_identity(instance: Any) -> dict[str, Any]:
@@ -140,6 +145,8 @@ def method_identity(instance: Any) -> dict[str, Any]:
             }
         elif kind := f.metadata.get("spec"):
             wrapped[f.name] = method_identity(registry_of(kind).build(value))
+    for name, inner in getattr(instance, "wraps", {}).items():
+        wrapped[name] = method_identity(inner)
     found = {"spec": spec_of(instance), "code": code_hash(type(instance).__module__)}
     return found | ({"files": files} if files else {}) | ({"wrapped": wrapped} if wrapped else {})
 
@@ -147,9 +154,14 @@ def method_identity(instance: Any) -> dict[str, Any]:
 def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
     """All victims and cells of a board. Loads the data sets. Raises BadInput."""
     attacks, defenses = board.attacks(), board.defenses()
+    measures = tuple(Asked(measure, method_identity(measure)) for measure in board.measures())
     known_models = [models.info(name) for name in board.model]  # unknown names before any data
     assert known_models
     sets = [datasets.load(spec, data_dir=data_dir) for spec in board.dataset]
+    for asked in measures:
+        for dataset in sets:
+            for seed in board.seed:
+                asked.method.check(dataset.val, dataset.test, dataset.num_classes, seed)
     victims: list[Victim] = []
     cells: list[Cell] = []
     refusals: dict[str, list[str]] = {}
@@ -177,6 +189,7 @@ def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
         board,
         tuple(sorted(victims, key=lambda victim: (victim.seed, victim.twin is not None))),
         tuple(sorted(cells, key=lambda c: (c.victim.seed, c.twin_cell is not None))),
+        measures,
     )
 
 
@@ -275,14 +288,18 @@ def estimate(task: Victim | Cell, board: Board, device: str, past: Mapping[str, 
 
 def _habit(task: Victim | Cell) -> str:
     victim = task.victim if isinstance(task, Cell) else task
-    where = f"{victim.setting.dataset.fingerprint}/{victim.setting.model}/{victim.setting.recipe}"
+    where = _where(victim.setting)
     if isinstance(task, Cell):
         return f"{where}/{spec_of(task.defense)}"
     return f"{where}/{task.attack.method_name if hasattr(task.attack, 'train') else 'victim'}"
 
 
+def _where(setting: Setting) -> str:
+    return f"{setting.dataset.fingerprint}/{setting.model}/{setting.recipe}"
+
+
 def past_seconds(store: Store) -> dict[str, float]:
-    """How long victims and defenses took in this store, by data, model, recipe and defense."""
+    """How long victims, defenses and measures took in this store, by data, model and recipe."""
     found: dict[str, float] = {}
     for record in store.records():
         with suppress(KeyError, TypeError):
@@ -292,6 +309,9 @@ def past_seconds(store: Store) -> dict[str, float]:
             trained = f"{where}/{attack['name'] if controls else 'victim'}"
             found[trained] = float(record["victim_budget"]["seconds"])
             found[f"{where}/{record['defense']['spec']}"] = float(record["budget"]["seconds"])
+            for spec, measured in record.get("measures", {}).items():
+                if measured["status"] == "ok" and not measured["after"]["resumed"]:
+                    found[f"{where}/measure/{spec}"] = float(measured["after"]["seconds"])
     return found
 
 
@@ -307,6 +327,7 @@ class Summary:
     done: int = 0  # cells computed now
     cached: int = 0  # cells that were there before
     failed: list[dict[str, Any]] = field(default_factory=list)  # their records
+    unmeasured: list[dict[str, Any]] = field(default_factory=list)  # of cells with a failed measure
 
 
 @dataclass
@@ -338,24 +359,50 @@ class Runner:
     # ----------------------------------------------------------------------------- what is to do
 
     def cached(self, cell: Cell) -> bool:
+        """Whether the cell's record is final and holds the figures of the board's measures."""
         record = self.store.record(cell.key)
-        return record is not None and record["status"] in FINAL
+        return _is_final(record) and not lacking(record or {}, self.plan.measures)
+
+    def _to_repair(self, cell: Cell) -> bool:
+        """Whether a cell that is not cached must be repaired, and not only measured: it has no
+        final record, or the model that this tells of is gone."""
+        return not _is_final(self.store.record(cell.key)) or not self.store.has(cell.key)
 
     def todo(self) -> tuple[list[Victim], list[Cell]]:
-        """The victims and cells that are still to be computed."""
+        """The victims and cells that are still to be computed, or to be measured."""
         cells = [cell for cell in self.plan.cells if not self.cached(cell)]
         needed = {cell.victim.key for cell in cells}
-        needed |= {cell.victim.twin.key for cell in cells if cell.victim.twin is not None}
+        needed |= {c.victim.twin.key for c in cells if c.victim.twin and self._to_repair(c)}
         victims = [v for v in self.plan.victims if v.key in needed and not self.store.has(v.key)]
         return victims, cells
 
     def estimate(self) -> dict[str, Estimate]:
         """Estimates by key for all that is to do."""
         victims, cells = self.todo()
-        past = past_seconds(self.store)
-        device = self._devices[0]
-        tasks: list[Victim | Cell] = [*victims, *cells]
-        return {t.key: estimate(t, self.plan.board, device, past) for t in tasks}
+        past, board, device = past_seconds(self.store), self.plan.board, self._devices[0]
+        found = {victim.key: estimate(victim, board, device, past) for victim in victims}
+        for cell in cells:
+            known = Estimate(0.0, RECORD_BYTES)
+            if self._to_repair(cell):
+                known = estimate(cell, board, device, past)
+            seconds = known.seconds + self._measuring(cell, device, past)
+            found[cell.key] = dataclasses.replace(known, seconds=seconds)
+        return found
+
+    def _measuring(self, cell: Cell, device: str, past: Mapping[str, float]) -> float:
+        """Seconds that the measures of a cell will take. The victim is measured once, with the
+        null defense, whose model it is."""
+        setting = cell.victim.setting
+        record = self.store.record(cell.key) or {}
+        after = record.get("weights", {}).get("after")
+        seconds = 0.0
+        for asked in lacking(record, self.plan.measures) if after else self.plan.measures:
+            if after and self.store.has(self._reading_key(asked, cell.victim, after, device)):
+                continue
+            passes = asked.method.passes(setting.dataset.num_classes)
+            guess = 1 + passes * setting.flops / device_rate(device)
+            seconds += past.get(f"{_where(setting)}/measure/{asked.spec}", guess)
+        return seconds
 
     # ---------------------------------------------------------------------------------- the loop
 
@@ -414,7 +461,7 @@ class Runner:
                         lock.release()
                     ready_keys.add(task.key)
                     if isinstance(task, Cell):
-                        _count(summary, outcome)
+                        _count(summary, outcome, self.plan.measures)
                     self._say(
                         "finished",
                         name=task.name,
@@ -442,9 +489,12 @@ class Runner:
                 raise Failed(error.kind, f"its clean twin: {error.reason}", error.details)
             with _explained():
                 return self._train(task, device)
-        if self.cached(task):
-            return {**(self.store.record(task.key) or {}), "elsewhere": True}
-        return self._defend(task, device, broken)
+        record = self.store.record(task.key)
+        if record is not None and self.cached(task):
+            return {**record, "elsewhere": True}
+        if record is None or self._to_repair(task):
+            record = self._defend(task, device, broken)
+        return self._measured(task, record, device, broken)
 
     # ----------------------------------------------------------------------------------- victims
 
@@ -561,7 +611,11 @@ class Runner:
     # ------------------------------------------------------------------------------------- cells
 
     def _defend(self, cell: Cell, device: str, broken: Mapping[str, Failed]) -> dict[str, Any]:
-        """Repair and measure; a failure of the method becomes the record's reason."""
+        """Repair and measure; a failure of the method becomes the record's reason.
+
+        Where it is done again for a model that was lost, a failure leaves the record as it was.
+        """
+        known = self.store.record(cell.key)
         started, record = _now(), self._blank(cell, device)
         try:
             for needed in (cell.victim, cell.victim.twin):
@@ -573,8 +627,13 @@ class Runner:
         except Failed as error:
             record |= {"status": error.kind, "reason": error.reason, "details": error.details}
         record |= {"started": started, "finished": _now()}
-        self.store.write_record(record)
         self.store.clear_scratch(cell.key)
+        if known is not None and _is_final(known) and not _is_final(record):
+            log.warning("%s could not be repaired again: %s.", cell.name, record["reason"])
+            return known
+        if known is not None and "measures" in known and known["weights"] == record.get("weights"):
+            record["measures"] = known["measures"]
+        self.store.write_record(record)
         return record
 
     def _repaired(self, cell: Cell, device: str) -> dict[str, Any]:
@@ -680,6 +739,110 @@ class Runner:
             "mmd": before.get("mmd", {}),
         }
 
+    # ---------------------------------------------------------------------------------- measures
+
+    def _measured(
+        self, cell: Cell, record: dict[str, Any], device: str, broken: Mapping[str, Failed]
+    ) -> dict[str, Any]:
+        """The record with the figures that it lacks, written after each measure. A failure becomes
+        the reason of that measure; the cell's outcome stays."""
+        for asked in lacking(record, self.plan.measures):
+            try:
+                if cell.victim.key in broken:
+                    raise Failed("failed", f"of the victim: {broken[cell.victim.key].reason}")
+                with _explained():
+                    found = self._compared(asked, cell, record, device)
+            except Failed as error:
+                found = failure(asked, error.kind, error.reason, error.details)
+            record = {**record, "measures": {**record.get("measures", {}), asked.spec: found}}
+            self.store.write_record(record)
+        return record
+
+    def _compared(
+        self, asked: Asked, cell: Cell, record: Mapping[str, Any], device: str
+    ) -> dict[str, Any]:
+        """The repaired model first: by then another defense may have had the victim measured."""
+        readings = {}
+        for when, what in (("after", "repaired model"), ("before", "victim")):
+            kept = self.store.artifact(cell.key) if when == "after" else self._sound(cell.victim)
+            if kept is None or kept.sha256("weights") != record["weights"][when]:
+                raise Failed("failed", f"the {what} of this record is no longer in the store")
+            try:
+                readings[when] = self._reading(asked, cell, kept, device)
+            except Failed as error:
+                raise Failed(error.kind, f"of the {what}: {error.reason}", error.details) from error
+        return entry(asked, **readings)
+
+    def _reading(self, asked: Asked, cell: Cell, weights: Artifact, device: str) -> Artifact:
+        """What the measure found out about these weights: taken once for all who ask."""
+        victim, setting = cell.victim, cell.victim.setting
+        key = self._reading_key(asked, victim, weights.sha256("weights"), device)
+        with self._waited(key, cell.name, asked.name):
+            if (found := self.store.artifact(key)) is not None:
+                return found
+            scratch, started = self.store.scratch(key), _now()
+            folder = _fresh_folder(scratch / "job")
+            job = {
+                **self._job("examine", victim, device, folder),
+                "spec": asked.spec,
+                "weights": str(weights.path("weights")),
+                "val": dict(setting.dataset.files["val"]),
+                "test": dict(setting.dataset.files["test"]),
+                "scratch": str(scratch),
+            }
+            try:
+                result = self._guarded(job, cell.name)
+            except Failed:
+                self.store.clear_scratch(key)  # what is kept there may be why it failed
+                raise
+            meta = {
+                "kind": "reading",
+                "measure": asked.identity,
+                "weights": weights.sha256("weights"),
+                "dataset": setting.dataset.name,
+                "fingerprint": setting.dataset.fingerprint,
+                "model": setting.model,
+                "seed": victim.seed,
+                **result,
+                "started": started,
+                "finished": _now(),
+                **provenance(device, self._threads),
+            }
+            made = self.store.save(key, {}, meta)
+            self.store.clear_scratch(key)
+            return made
+
+    def _reading_key(self, asked: Asked, victim: Victim, weights: str, device: str) -> str:
+        setting = victim.setting
+        return key_of(
+            asked,
+            weights,
+            data=setting.dataset.fingerprint,
+            network=(setting.model, code_hash(models.info(setting.model).build.__module__)),
+            seed=victim.seed,
+            bf16=training.has_bf16(torch.device(device)),
+        )
+
+    @contextmanager
+    def _waited(self, key: str, name: str, what: str) -> Iterator[None]:
+        """Inside, the lock of `key` is ours; waiting for it ends when the run is stopped."""
+        lock = self.store.lock(key)
+        while True:
+            try:
+                lock.acquire(timeout=0.5)
+                break
+            except TimeoutError:
+                if self.stop:
+                    raise isolate.Interrupted from None
+                told = f"waiting for the {what} of the same weights"
+                self._say("progress", what=told, done=0.0, total=1.0, figures={}, name=name)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # ----------------------------------------------------------------------------------- records
+
     def _blank(self, cell: Cell, device: str) -> dict[str, Any]:
         """A record with everything but the outcome."""
         victim, setting, board = cell.victim, cell.victim.setting, self.plan.board
@@ -717,17 +880,24 @@ class Runner:
         board = self.plan.board
         cells = [cell.key for cell in self.plan.cells]
         with self.store.lock(f"board-{board.name}"):
+            asked = {asked.name: asked.spec for asked in self.plan.measures}
             if board.name == "adhoc":  # grows from run to run
                 for known in self.store.boards():
                     if (known["name"], known["version"]) == (board.name, board.version):
                         cells = [k for k in known["cells"] if k not in set(cells)] + cells
+                        specs = known["definition"].get("measure", ())
+                        asked = {split_spec(spec)[0]: spec for spec in specs} | asked
             self.store.write_board(
                 board.name,
                 board.version,
                 {
                     "name": board.name,
                     "version": board.version,
-                    "definition": {**board.definition(), "published": _published(board)},
+                    "definition": {
+                        **board.definition(),
+                        "published": _published(board),
+                        **({"measure": list(asked.values())} if asked else {}),
+                    },
                     "command": self.command,
                     "cells": cells,
                 },
@@ -762,14 +932,22 @@ def _needs(task: Victim | Cell) -> Iterable[str]:
     return needed + ([task.twin_cell.key] if task.twin_cell else [])
 
 
-def _count(summary: Summary, record: Mapping[str, Any] | None) -> None:
+def _is_final(record: Mapping[str, Any] | None) -> bool:
+    return record is not None and record["status"] in FINAL
+
+
+def _count(
+    summary: Summary, record: Mapping[str, Any] | None, measures: Sequence[Asked] = ()
+) -> None:
     """Enter a finished cell; one that another runner did counts as there before."""
     if record is not None and record.get("elsewhere"):
         summary.cached += 1
         return
     summary.done += 1
-    if record is not None and record["status"] not in FINAL:
+    if record is not None and not _is_final(record):
         summary.failed.append(dict(record))
+    elif record is not None and lacking(record, measures):
+        summary.unmeasured.append(dict(record))
 
 
 def _fresh_folder(folder: Path) -> Path:
@@ -890,8 +1068,19 @@ def board_records(store: Store, name: str | None = None) -> list[dict[str, Any]]
         boards = [board for board in boards if board["name"] == name]
     found = {record["key"]: record for record in store.records()}
     return [
-        {**found[key], "board": {"name": board["name"], "version": board["version"]}}
+        {
+            **_of_board(found[key], board),
+            "board": {"name": board["name"], "version": board["version"]},
+        }
         for board in boards
         for key in board["cells"]
         if key in found
     ]
+
+
+def _of_board(record: dict[str, Any], board: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what other boards had measured of the same cell."""
+    asked = (board.get("definition") or {}).get("measure", ())
+    kept = {spec: found for spec, found in record.get("measures", {}).items() if spec in asked}
+    rest = {name: value for name, value in record.items() if name != "measures"}
+    return rest | ({"measures": kept} if kept else {})

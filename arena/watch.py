@@ -155,7 +155,12 @@ def outcome(event: dict[str, Any]) -> str:
     text = f"ACC {metrics['acc_before']:.1%} -> {metrics['acc']:.1%}"
     if metrics.get("asr") is not None:
         text += f", ASR {metrics['asr_before']:.1%} -> {metrics['asr']:.1%}"
-    return text if record["status"] == "ok" else f"{text} [{record['status']}]"
+    notes = [record["status"]] if record["status"] != "ok" else []
+    measures = record.get("measures") or {}
+    notes += [
+        f"{e['name']} failed: {e['reason']}" for e in measures.values() if e["status"] != "ok"
+    ]
+    return " ".join([text, *(f"[{note}]" for note in notes)])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

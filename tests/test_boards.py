@@ -27,6 +27,7 @@ attack = ["patch", "blend"]
 defense = ["finetune"]
 seed = [0, 1]
 recipe = "smoke"
+measure = ["class_distance:pairs=sample:5", "pgd"]
 clean_share = 0.1
 timeout = 60
 """
@@ -49,6 +50,7 @@ def test_a_board_is_read(tmp_path: Path) -> None:
         defense=("finetune",),
         seed=(0, 1),
         recipe="smoke",
+        measure=("class_distance:pairs=sample:5", "pgd"),
         clean_share=0.1,
         timeout=60,
     )
@@ -61,6 +63,7 @@ def test_a_board_without_a_name_has_its_folders(tmp_path: Path) -> None:
 
 FIGURE = Published("blend", "a paper, table 1", asr=99.5)
 BOARDS = [QUICKSTART, Board(), Board(name="x", seed=(3, 1), timeout=2.5, published=(FIGURE,))]
+BOARDS.append(Board(name="y", measure=("pgd:eps=4",)))
 
 
 @pytest.mark.parametrize("board", BOARDS)
@@ -152,6 +155,8 @@ def test_duplicates_are_merged() -> None:
         ({"attack": ("patch:sise=3",)}, r"has no field 'sise'; did you mean 'size'\?"),
         ({"defense": ("none:x=3",)}, r"has no field 'x'; it has no fields"),
         ({"attack": ("patch:size",)}, r"is not field=value"),
+        ({"measure": ("pdg",)}, r"There is no measure 'pdg'; did you mean 'pgd'\?"),
+        ({"measure": ("pgd:esp=4",)}, r"measure 'pgd' has no field 'esp'; did you mean 'eps'\?"),
     ],
 )
 def test_method_names_are_checked_without_importing_them(
@@ -160,3 +165,13 @@ def test_method_names_are_checked_without_importing_them(
     check_names(Board())
     with pytest.raises(BadInput, match=sentence):
         check_names(Board(**change))  # type: ignore[arg-type]
+
+
+def test_each_measure_is_asked_for_once() -> None:
+    with pytest.raises(BadInput, match="asks for the measure 'pgd' more than once"):
+        Board(measure=("pgd", "class_distance", "pgd:eps=4"))
+    board = board_from({"measure": ["pgd", "pgd"]}, "here")
+    assert [spec_of(measure) for measure in board.measures()] == [
+        "pgd:eps=8,steps=20,step=none,images=1000"
+    ]
+    assert "measure" not in Board().definition(), "boards of old are written as they were"

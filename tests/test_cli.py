@@ -22,6 +22,7 @@ from PIL import Image
 
 from arena import cli, doctor, listing
 from arena.core.inversion.families import families
+from arena.core.measures import measures
 from arena.core.registry import BadInput, attacks, defenses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +83,22 @@ BAD = {
     "data set": (("run", "-d", "sgns"), "'sgns'", "'signs'"),
     "model": (("run", "-m", "fastnt"), "'fastnt'", "'fastnet'"),
     "library model": (("run", "-m", "timm:resnet81"), "resnet81", "resnet18"),
+    "measure": (("run", "--measure", "pdg"), "'pdg'", "'pgd'"),
+    "measure field": (("run", "--measure", "pgd:esp=4"), "'esp'", "'eps'"),
+    "measure range": (("run", *TINY, "--measure", "pgd:eps=0"), "eps", "above 0"),
+    "measure twice": (("run", "--measure", "pgd", "--measure", "pgd:eps=4"), "'pgd'", "once"),
+    "family of a measure": (
+        ("run", *TINY, "--measure", "class_distance:method=nx"),
+        "'nx'",
+        "'nc'",
+    ),
+    "pairs of a measure": (("run", *TINY, "--measure", "class_distance:pairs=5:0"), "class 5"),
+    "images of a measure": (
+        ("run", *TINY, "--measure", "class_distance:samples=101"),
+        "100",
+        "101",
+    ),
+    "info measure": (("info", "class_distanc"), "'class_distanc'", "'class_distance'"),
     "attack field": (("run", "-a", "patch:rte=0.1"), "'rte'", "'rate'"),
     "defense field": (("run", "-D", "finetune:epoch=3"), "'epoch'", "'epochs'"),
     "data field": (("run", "-d", "signs:clases=5"), "'clases'", "'classes'"),
@@ -173,6 +190,9 @@ BAD_BOARDS = {
     "version": ("version = 0", "version", "0"),
     "nothing": ("attack = []", "attack"),
     "method": ("attack = ['blendd']", "'blendd'", "'blend'"),
+    "measure": ("measure = ['pgdd']", "'pgdd'", "'pgd'"),
+    "measures": ("measure = ['pgd', 'pgd:eps=4']", "'pgd'", "more than once"),
+    "measure type": ("measure = [1]", "measure", "words"),
     "recipe": ("recipe = 'papr'", "'papr'", "'paper'"),
 }
 
@@ -189,6 +209,7 @@ def test_bad_board(empty: Path, tmp_path: Path, case: tuple[str, ...]) -> None:
 
 def test_a_board_leaves_no_room_for_flags(empty: Path) -> None:
     assert_refused(arena("run", "board.toml", "-a", "patch"), "--attack")
+    assert_refused(arena("run", "board.toml", "--measure", "pgd"), "--measure")
 
 
 def test_a_folder_is_no_board(empty: Path, tmp_path: Path) -> None:
@@ -252,6 +273,8 @@ def test_lists_are_complete() -> None:
     names = {kind: {line["name"] for line in make()} for kind, make in listing.LISTS.items()}
     assert names["attacks"] == set(attacks.names())
     assert names["defenses"] == set(defenses.names())
+    assert names["measures"] == set(measures.names()) == {"class_distance", "pgd"}
+    assert {"distance_gain", "robust_acc"} <= names["metrics"]
     assert {"fastnet", "resnet18", "timm:NAME"} <= names["models"]
     assert {"signs", "cifar10", "imagefolder"} <= names["datasets"]
     assert "quickstart" in names["boards"]
@@ -277,7 +300,11 @@ def test_columns_fit_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "name", [*dict.fromkeys([*attacks.names(), *defenses.names()]), "signs", "asr", "resnet18"]
+    "name",
+    [
+        *dict.fromkeys([*attacks.names(), *defenses.names(), *measures.names()]),
+        *("signs", "asr", "distance_gain", "resnet18"),
+    ],
 )
 def test_info(empty: Path, name: str) -> None:
     found = json.loads(arena("info", name, "--json").out)["found"]
@@ -295,7 +322,7 @@ def test_info_tells_all_kinds_of_a_name() -> None:
 def test_info_says_how_each_kind_of_method_is_asked() -> None:
     found = {
         (name, entry["kind"]): entry["example"]
-        for name in ("pixel", "finetune", "spectral", "sig", "nc")
+        for name in ("pixel", "finetune", "spectral", "sig", "nc", "pgd")
         for entry in listing.describe(name)["found"]
     }
     assert found["pixel", "defense"].startswith("arena scan CELL --method pixel")
@@ -303,6 +330,7 @@ def test_info_says_how_each_kind_of_method_is_asked() -> None:
     assert found["spectral", "defense"].startswith("arena detect CELL --method spectral")
     assert found["finetune", "defense"].startswith("-D finetune")
     assert found["sig", "attack"].startswith("-a sig")
+    assert found["pgd", "measure"].startswith("arena run --measure pgd:eps=8")
 
 
 def test_info_of_a_field() -> None:
@@ -315,7 +343,7 @@ def test_info_of_a_field() -> None:
     assert entry["source"].startswith("Gu et al. 2017")
 
 
-@pytest.mark.parametrize("registry", [attacks, defenses, families], ids=lambda r: r.kind)
+@pytest.mark.parametrize("registry", [attacks, defenses, families, measures], ids=lambda r: r.kind)
 def test_examples_can_be_built(registry) -> None:
     for name in registry.names():
         for entry in listing.describe(name)["found"]:
@@ -375,7 +403,7 @@ def test_doctor_sees_a_wrong_pair(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "most"), [(["--help"], 2.0), (["list", "attacks"], 3.0), (["info", "patch"], 3.0)]
+    ("words", "most"), [(["--help"], 2.0), (["list", "attacks"], 3.0), (["info", "pgd"], 3.0)]
 )
 def test_start_up_is_light(words: list[str], most: float) -> None:
     """Generous limits: a loaded machine is no failure, an imported torch is."""
@@ -504,6 +532,54 @@ def test_show(store: Path, tmp_path: Path) -> None:
         assert flag["remedy"] in text
     assert_refused(arena("show", "zz", "--store", store), "'zz'")
     assert_refused(arena("show", "", "--store", store), "''")
+
+
+def test_measures_of_a_finished_run(store: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(store, tmp_path / "measured")
+    asked = ("--measure", "pgd:images=20,steps=2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARENA_CACHE_DIR", str(store.parent / "cache"))
+        plan = arena(*MATRIX, *asked, "--store", copied, "--dry-run")
+        assert "8 cells, 0 cached; 0 models to train" in plan.out
+        answer = arena(*MATRIX, *asked, "--store", copied)
+    assert answer.code == 0, answer.err
+    assert "8 cells done, 0 were there before" in answer.out
+    rows = rows_of(copied)
+    for row, old in zip(rows, rows_of(store), strict=True):
+        assert {name: row[name] for name in old} == old
+        assert row["robust_against"] == "PGD-2 8/255"
+        assert 0 <= row["robust_acc"] <= 1
+    key = next(row["key"] for row in rows if row["defense_name"] == "finetune")
+    text = " ".join(arena("show", key, "--store", copied).out.split())
+    assert "Measures pgd:steps=2,images=20 robust acc" in text
+    assert "robust acc" not in arena("show", key, "--store", store).out
+    page = (copied / "leaderboard" / "adhoc" / "index.html").read_text()
+    assert "<dt>robust_acc</dt>" in page
+    assert "<dt>distance</dt>" not in page, "not asked for"
+    assert "robust" not in (store / "leaderboard" / "adhoc" / "index.html").read_text()
+
+
+def test_a_failed_measure_is_told_at_the_end(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arena.referee import isolate
+
+    copied = shutil.copytree(store, tmp_path / "measured")
+    monkeypatch.setenv("ARENA_CACHE_DIR", str(store.parent / "cache"))
+
+    def run(job: dict, **options: object) -> dict:
+        raise isolate.Failed("failed", "out of memory")
+
+    monkeypatch.setattr(isolate, "run", run)
+    answer = arena(*MATRIX, "--measure", "pgd", "--store", copied)
+    assert answer.code == 1
+    told = [line for line in answer.err.splitlines() if line.startswith("arena: ")]
+    assert len(told) == 8
+    assert all(line.endswith("pgd failed: of the repaired model: out of memory") for line in told)
+    key = rows_of(copied)[0]["key"]
+    assert (
+        "failed: of the repaired model: out of memory" in arena("show", key, "--store", copied).out
+    )
 
 
 def test_leaderboard_build(store: Path, tmp_path: Path) -> None:

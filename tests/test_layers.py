@@ -13,7 +13,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 METHODS = [
     p
     for p in FILES
-    if p.parent.name in ("attacks", "defenses", "inversions") and p.stem != "__init__"
+    if p.parent.name in ("attacks", "defenses", "inversions", "measures") and p.stem != "__init__"
 ]
 LONG = {"patch": 350}  # five kinds of patch in one method
 MOST_LINES = 260
@@ -78,9 +78,10 @@ def is_of(name: str, room: str) -> bool:
         ("attacks", ["arena.core"]),
         ("defenses", ["arena.core"]),
         ("inversions", ["arena.core"]),
+        ("measures", ["arena.core"]),
         ("data", ["arena.core", "arena.data"]),
         ("store", ["arena.core.registry"]),
-        ("boards", ["arena.core.registry"]),
+        ("boards", ["arena.core.registry", "arena.core.measures"]),
         ("api", ["arena.core", "arena.data"]),
         ("report", ["arena.core", "arena.report"]),
         ("referee", ["arena.core", "arena.referee", "arena.store"]),
@@ -125,7 +126,7 @@ def test_what_is_hashed_imports_by_full_name() -> None:
     # `code_hash` follows full names only; behind a relative import a change would go unseen.
     wrong = [
         name_of(path)
-        for room in ("core", "attacks", "defenses")
+        for room in ("core", "attacks", "defenses", "measures")
         for path in inside(room)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and node.level
@@ -147,5 +148,5 @@ def test_a_method_is_one_short_file_with_its_source(path: Path) -> None:
 
 
 def test_no_method_knows_another() -> None:
-    rooms = ("arena.attacks", "arena.defenses")
+    rooms = ("arena.attacks", "arena.defenses", "arena.measures")
     assert [p for p in METHODS if any(is_of(n, r) for n in of_arena(p) for r in rooms)] == []

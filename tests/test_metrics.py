@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from arena.core import metric_list, metrics
+from arena.core import measures, metric_list, metrics
 from arena.core.seeding import stream
 from arena.report import rows, statistics
 
@@ -135,5 +135,9 @@ def test_every_measured_column_is_defined_once():
     columns = [name.removesuffix("_before") for name in (*rows.METRICS, *rows.BUDGET)]
     assert len(names) == len(set(names))
     assert set(names) == set(columns)
-    for metric in metric_list.METRICS:
+    asked = [metric.name for metric in measures.COLUMNS]
+    assert len(asked) == len(set(asked))
+    assert set(asked) == {n.removesuffix("_before") for n in (*rows.MEASURED, *rows.UNITS.values())}
+    assert not set(asked) & set(names)
+    for metric in (*metric_list.METRICS, *measures.COLUMNS):
         assert all((metric.definition, metric.unit, metric.source)), metric.name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from arena.boards import read_board
+from arena.core.measures import measures
 from arena.core.registry import attacks, defenses
 from arena.core.training import RECIPES
 
@@ -55,6 +56,7 @@ def test_published_boards_name_what_exists(path: Path) -> None:
     assert board.name == path.parent.name
     assert board.attacks()
     assert board.defenses()
+    board.measures()
 
 
 def test_commands_and_recipes_are_documented() -> None:
@@ -69,4 +71,5 @@ def test_commands_and_recipes_are_documented() -> None:
 
 def test_every_method_is_in_the_changelog() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in changelog for name in [*attacks.names(), *defenses.names()])
+    names = [*attacks.names(), *defenses.names(), *measures.names()]
+    assert [name for name in names if f"`{name}`" not in changelog] == []

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from arena.report import tables
 from arena.report.page import build_page, write_leaderboard
-from arena.report.rows import COLUMNS, flatten
+from arena.report.rows import COLUMNS, MEASURED, aligned, flatten
 from arena.report.statistics import Summary, over_attacks, summarise, wilson
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"not looked at"
@@ -540,6 +540,127 @@ def test_pictures_must_be_png() -> None:
     bad = {"patch": {"images": [{"clean": b"GIF89a", "label": ""}]}}
     with pytest.raises(ValueError, match="the clean picture of attack 'patch'"):
         build_page([record()], bad)
+
+
+# ------------------------------------------------------------------------------------- measures
+
+
+def with_measures(item: dict, gain: float = 0.5, **changes: Any) -> dict:
+    """The record with what two measures found, as the runner enters it."""
+    distance = {"distance": 10 * (1 + gain), "distance_before": 10.0, "distance_gain": gain}
+    robust = {"robust_acc": 0.25, "robust_acc_before": 0.05, "robust_against": "PGD-20 8/255"}
+    entries = {
+        "class_distance": {**distance, "distance_unit": "mask L1 (nc)"},
+        "pgd": robust,
+    }
+    return item | {
+        "measures": {
+            f"{name}:x=1": {
+                "name": name,
+                "short": name,
+                "status": "ok",
+                "reason": "",
+                "columns": columns,
+            }
+            for name, columns in entries.items()
+        }
+        | changes
+    }
+
+
+LOST = {"name": "pgd", "short": "pgd", "status": "failed", "reason": "out of memory"}
+
+
+def test_measures_follow_the_metrics_where_there_are_any() -> None:
+    row, plain = flatten(with_measures(record())), flatten(record("blend"))
+    assert tuple(plain) == COLUMNS
+    names = tuple(row)
+    start = names.index("linf") + 1
+    assert names[start : start + 7] == (*MEASURED, "distance_unit", "robust_against")
+    assert tuple(name for name in names if name in COLUMNS) == COLUMNS
+    assert (row["distance"], row["distance_gain"], row["robust_acc"]) == (15.0, 0.5, 0.25)
+    both = aligned([plain, row])
+    assert tuple(both[0]) == tuple(both[1]) == names
+    assert both[0]["distance"] is None
+    assert aligned([plain]) == [plain]
+    assert tuple(aligned([plain])[0]) == COLUMNS
+
+
+def test_a_failed_measure_is_told_with_its_reason() -> None:
+    row = flatten(with_measures(record(), **{"pgd:x=1": LOST}))
+    assert row["unmeasured"] == ["pgd: out of memory"]
+    assert "robust_acc" not in row
+    rows = [row, flatten(with_measures(record(seed=1)))]
+    for table in (tables.leaderboard, tables.cells):
+        frame = table(rows)
+        assert list(frame["notes"]) == ["pgd failed 1 of 2"]
+        assert list(frame["robust_acc"]) == [0.25]
+    text = tables.render(rows, "csv")
+    first, second = csv.DictReader(io.StringIO(text))
+    assert first["unmeasured"] == "pgd: out of memory"
+    assert (second["unmeasured"], second["robust_acc"]) == ("", "0.25")
+    assert json.loads(tables.render(rows, "json"))[1]["unmeasured"] is None
+
+
+def test_tables_hold_measures_only_where_there_are_any(rows: list[dict]) -> None:
+    for table in (tables.leaderboard, tables.cells, tables.attacks, tables.not_established):
+        plain = table(rows)
+        assert not {"distance", "robust_acc", "distance_unit"} & set(plain.columns)
+        found = table([flatten(with_measures(item)) for item in board()])
+        extra = [name for name in found.columns if name not in plain.columns]
+        assert [name for name in found.columns if name in plain.columns] == list(plain.columns)
+        assert extra[-2:] == ["distance_unit", "robust_against"]
+        assert set(found["distance_unit"]) <= {"mask L1 (nc)", ""}
+        own = {name.removesuffix("_sd") for name in extra[:-2]}
+        if table is tables.attacks:
+            assert own == {"distance_before", "robust_acc_before"}
+        elif table is tables.leaderboard:
+            assert own == {"distance", "distance_gain", "robust_acc"}
+        else:
+            assert own == set(MEASURED)
+
+
+def test_measures_are_averaged_and_their_unit_stands_in_the_heading() -> None:
+    items = [with_measures(record(seed=seed), gain) for seed, gain in enumerate((0.2, 0.4))]
+    rows = [flatten(item) for item in items]
+    (line,) = json.loads(tables.render(tables.leaderboard(rows), "json"))
+    assert line["distance_gain"] == pytest.approx(0.3)
+    assert line["distance_gain_sd"] == pytest.approx(0.2 / math.sqrt(2))
+    shown = tables.view(tables.cells(rows))
+    assert "distance, mask L1 (nc)" in shown.headings
+    assert "robust ACC %, PGD-20 8/255" in shown.headings
+    assert not {"distance_unit", "distance_before", "robust_acc_before"} & set(shown.names)
+    entries = {name: str(entry) for name, entry in zip(shown.names, shown.lines[0], strict=True)}
+    assert entries["distance"] == "13.00 ± 1.41"
+    assert entries["distance_gain"] == "30.0 ± 14.1"
+    assert entries["robust_acc"] == "25.0 ± 0.0"
+    assert "distance before, mask L1 (nc)" in tables.view(tables.attacks(rows)).headings
+
+    other = flatten(with_measures(record("blend"))) | {"distance_unit": "pixels (pixel)"}
+    mixed = tables.view(tables.cells([*rows, other]))
+    assert "distance" in mixed.headings
+    assert "distance_unit" in mixed.names, "two units: each line says its own"
+
+
+def test_pages_and_files_hold_measures(tmp_path: Any) -> None:
+    items = [with_measures(record("patch", defense)) for defense in DEFENSES]
+    items += [record("blend", defense) for defense in DEFENSES]
+    written = {p.name: p.read_text() for p in write_leaderboard(items, {}, tmp_path)}
+    assert "distance, mask L1 (nc)" in written["leaderboard.md"]
+    page = written["index.html"]
+    assert "<dt>Measures</dt><dd><span>class_distance</span><span>pgd</span></dd>" in page
+    every = page.split('<section id="cells">')[1]
+    assert every.count("<th scope") == 8 + 3
+    assert {
+        line.count("<td") for line in every.split("<tbody>")[1].splitlines() if "<td" in line
+    } == {8 + 3}
+    assert every.count(">15.00<") == len(DEFENSES)
+    header = written["leaderboard.csv"].splitlines()[0].split(",")
+    assert header.index("distance") == header.index("seconds_sd") + 1
+    assert len(json.loads(written["results.json"])[0]) == len(COLUMNS) + 7
+    plain = build_page([record()], {})
+    assert "Measures" not in plain
+    assert "distance" not in plain
 
 
 # ---------------------------------------------------------------------------------------- files

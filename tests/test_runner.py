@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import killed
 import pytest
 import torch
 
-from arena import api
+from arena import api, inverting
 from arena.boards import Board
-from arena.core.registry import attacks
+from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
 from arena.data import draw_clean
+from arena.measuring import key_of, lacking
 from arena.referee import isolate
+from arena.report.rows import COLUMNS, MEASURED, flatten
 from arena.runner import (
     Cell,
     Plan,
@@ -30,8 +33,10 @@ from arena.runner import (
     board_records,
     describe_attack,
     make_plan,
+    past_seconds,
 )
 from arena.store import Store, digest, load_tensors
+from arena.subjects import of_cell
 
 TINY = Board(
     name="tiny",
@@ -306,6 +311,7 @@ def test_a_key_changes_with_what_makes_the_result(plan: Plan) -> None:
     same = {cell.key for cell in plan.cells}
     assert keys() == same
     assert keys(name="other", version=2, timeout=9.0, title="x") == same
+    assert keys(measure=("pgd", "class_distance")) == same
     for change in ({"seed": (1,)}, {"clean_share": 0.1}, {"recipe": "fast"}):
         assert not keys(**change) & same
     assert len(keys(attack=("patch:size=6",)) & same) == 3  # those of the clean twin
@@ -352,3 +358,274 @@ def test_records_say_how_far_stamped_images_are_from_the_target(plan: Plan, stor
 )
 def test_records_say_whether_this_attack_keeps_labels(spec: str, labels: str) -> None:
     assert describe_attack(attacks.build(spec))["labels"] == labels
+
+
+# ------------------------------------------------------------------------------------- measures
+
+DISTANCE = "class_distance:pairs=(0:1,2:3),samples=20,steps=40"
+PGD = "pgd:images=40,steps=2"
+MEASURED_TINY = dataclasses.replace(TINY, measure=(DISTANCE, PGD))
+
+
+@pytest.fixture(scope="module")
+def measured(
+    done: tuple[Plan, Store, Summary], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Plan, Store, Summary, list[Job]]:
+    """The finished run after its board has come to ask for two measures."""
+    store = Store(shutil.copytree(done[1].root, tmp_path_factory.mktemp("measured") / "store"))
+    plan = small(MEASURED_TINY)
+    seen: list[Job] = []
+    original = isolate.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolate, "run", lambda job, **o: (seen.append(job), original(job, **o))[1])
+        summary = Runner(plan, store).run()
+    return plan, store, summary, seen
+
+
+def entry_of(store: Store, cell: Cell, name: str) -> dict[str, Any]:
+    (found,) = (e for e in record_of(store, cell)["measures"].values() if e["name"] == name)
+    return dict(found)
+
+
+def test_without_measures_nothing_tells_of_them(done: tuple[Plan, Store, Summary]) -> None:
+    plan, store, _ = done
+    for record in board_records(store, "tiny"):
+        assert "measures" not in record
+        assert tuple(flatten(record)) == COLUMNS
+    assert "measure" not in store.boards()[0]["definition"]
+    assert plan.measures == ()
+
+
+def test_a_measure_added_later_repairs_nothing_again(
+    done: tuple[Plan, Store, Summary], measured: tuple[Plan, Store, Summary, list[Job]]
+) -> None:
+    plan, store, summary, jobs = measured
+    assert (summary.done, summary.cached, summary.failed, summary.unmeasured) == (6, 0, [], [])
+    assert {job["job"] for job in jobs} == {"examine"}
+    weights = {record["weights"]["after"] for record in store.records()}
+    assert len(weights) == 6, "each cell has a model of its own"
+    assert len(jobs) == 2 * len(weights), "victims are measured once, null defenses for nothing"
+    for cell in plan.cells:
+        record = record_of(store, cell)
+        entries = record.pop("measures")
+        assert {entry["status"] for entry in entries.values()} == {"ok"}
+        assert record == record_of(done[1], cell), "a figure that was there before has moved"
+    assert list((store.root / "scratch").iterdir()) == []
+    assert store.boards()[0]["definition"]["measure"] == [each.spec for each in plan.measures]
+    assert Runner(plan, store).estimate() == {}
+    assert Runner(plan, store).run() == Summary(done=0, cached=6)
+
+
+def test_the_gain_is_that_of_the_readings_by_hand(
+    measured: tuple[Plan, Store, Summary, list[Job]],
+) -> None:
+    plan, store, _, _ = measured
+    for attack in ("none", "patch"):
+        for defense in KEPT:
+            found = entry_of(store, cell_of(plan, attack, defense), "class_distance")
+            sizes = []
+            for when in ("before", "after"):
+                artifact = store.artifact(found[when]["artifact"])
+                assert artifact is not None
+                sizes.append([size for _, _, size in artifact.meta["each"]])
+            ratios = [new / old - 1 for old, new in zip(*sizes, strict=True) if old and new]
+            assert ratios, "no pair has a distance: the test tells nothing"
+            columns = found["columns"]
+            assert columns["distance_gain"] == pytest.approx(sum(ratios) / len(ratios))
+            assert columns["distance_gain"] == 0 or defense != "none"
+            row = flatten(record_of(store, cell_of(plan, attack, defense)))
+            assert [row[name] for name in MEASURED[:3]] == [columns[n] for n in MEASURED[:3]]
+            assert row["distance_unit"] == "mask L1 (nc)"
+            assert 0 <= row["robust_acc"] <= row["acc"] + 0.5
+    before = {
+        entry_of(store, cell_of(plan, "patch", name), "class_distance")["before"]["artifact"]
+        for name in KEPT
+    }
+    assert len(before) == 1
+
+
+def test_the_distance_is_that_of_arena_distance(
+    measured: tuple[Plan, Store, Summary, list[Job]],
+) -> None:
+    plan, store, _, _ = measured
+    cell = cell_of(plan, "patch", "finetune")
+    question = inverting.Question("nc", restarts=1, samples=20, steps=40)
+    found = inverting.class_distances(of_cell(store, cell.key), question, "0:1,2:3", store)
+    figures = entry_of(store, cell, "class_distance")["after"]
+    assert figures["distance"] == found["mean"]
+    assert figures["pairs"] == 2
+
+
+def test_a_new_cell_is_repaired_and_measured(
+    measured: tuple[Plan, Store, Summary, list[Job]], tmp_path: Path, jobs: list[Job]
+) -> None:
+    plan = measured[0]
+    store = Store(shutil.copytree(measured[1].root, tmp_path / "copy"))
+    cell = cell_of(plan, "patch", "finetune")
+    before = record_of(store, cell)["measures"]
+    forget(store, cell)
+    after = before[plan.measures[0].spec]["after"]["artifact"]
+    shutil.rmtree(store.root / "artifacts" / after[:2] / after)
+    assert Runner(plan, store).run().done == 1
+    assert [job["job"] for job in jobs] == ["repair", "measure", "examine"]
+    assert not {"measure", "measures", "test", "val"} & jobs[0].keys(), "the defense is told"
+    again = record_of(store, cell)["measures"]
+    assert {s: e["columns"] for s, e in again.items()} == {
+        s: e["columns"] for s, e in before.items()
+    }
+
+
+def test_a_failing_measure_keeps_the_cell_and_is_tried_again(
+    plan: Plan, store: Store, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    plan = small(dataclasses.replace(TINY, measure=(PGD,)))
+    before, cell = killed.outcome(store.root), cell_of(plan, "patch", "finetune")
+    bad, spec = str(cell.key), plan.measures[0].spec
+    original = isolate.run
+
+    def run(job: Job, **options: Any) -> Job:
+        if job["job"] == "examine" and bad in job["weights"]:
+            raise isolate.Failed("failed", "out of memory", "a long story")
+        return original(job, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(isolate, "run", run)
+        summary = Runner(plan, store).run()
+    assert (summary.done, summary.failed) == (6, [])
+    assert [record["key"] for record in summary.unmeasured] == [cell.key]
+    assert killed.outcome(store.root) == before, "an outcome was lost"
+    assert list((store.root / "scratch").iterdir()) == [], "what it failed on is kept"
+    entry = record_of(store, cell)["measures"][spec]
+    assert (entry["status"], entry["details"]) == ("failed", "a long story")
+    assert entry["reason"] == "of the repaired model: out of memory"
+    row = flatten(record_of(store, cell))
+    assert row["unmeasured"] == ["pgd: of the repaired model: out of memory"]
+    assert "robust_acc" not in row
+    assert "robust_acc" in flatten(record_of(store, cell_of(plan, "patch", "random_prune")))
+
+    del jobs[:]
+    summary = Runner(plan, store).run()
+    assert (summary.done, summary.cached, summary.unmeasured) == (1, 5, [])
+    assert [job["job"] for job in jobs] == ["examine"], "only what had failed"
+    assert lacking(record_of(store, cell), plan.measures) == []
+
+
+def test_a_model_that_was_lost_is_repaired_again_to_be_measured(
+    store: Store, jobs: list[Job], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = small(dataclasses.replace(TINY, measure=(PGD,)))
+    before = killed.outcome(store.root)
+    one, two = cell_of(plan, "patch", "finetune"), cell_of(plan, "patch", "random_prune")
+    other = {"name": "other", "status": "ok", "reason": "", "columns": {}}
+    store.write_record({**record_of(store, one), "measures": {"other": other}})
+    for cell in (one, two):
+        shutil.rmtree(store.root / "artifacts" / cell.key[:2] / cell.key)
+    repairs = isolate.run
+
+    def run(job: Job, **options: Any) -> Job:
+        if job["job"] == "repair" and job["spec"].startswith("random_prune"):
+            raise isolate.Failed("failed", "no luck")
+        return repairs(job, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(isolate, "run", run)
+        summary = Runner(plan, store).run()
+    assert [job["job"] for job in jobs].count("repair") == 1
+    assert killed.outcome(store.root) == before, "a final record was overwritten by a failure"
+    assert lacking(record_of(store, one), plan.measures) == []
+    assert record_of(store, one)["measures"]["other"] == other, "another board's figures are lost"
+    assert [record["key"] for record in summary.unmeasured] == [two.key]
+    assert (
+        "no longer in the store"
+        in summary.unmeasured[0]["measures"][plan.measures[0].spec]["reason"]
+    )
+    assert "could not be repaired again: no luck" in caplog.text
+
+
+def test_boards_show_what_they_ask_for(
+    measured: tuple[Plan, Store, Summary, list[Job]], tmp_path: Path
+) -> None:
+    store = Store(shutil.copytree(measured[1].root, tmp_path / "copy"))
+    fewer = small(dataclasses.replace(TINY, name="fewer", measure=(PGD,)))
+    Runner(fewer, store).run()
+    Runner(small(dataclasses.replace(TINY, name="plain")), store).run()
+    names = {
+        board: {
+            e["name"] for r in board_records(store, board) for e in r.get("measures", {}).values()
+        }
+        for board in ("tiny", "fewer", "plain")
+    }
+    assert names == {"tiny": {"class_distance", "pgd"}, "fewer": {"pgd"}, "plain": set()}
+    assert all("measures" not in record for record in board_records(store, "plain"))
+
+    Runner(small(dataclasses.replace(TINY, name="adhoc", measure=(PGD,))), store).run()
+    Runner(small(dataclasses.replace(TINY, name="adhoc")), store).run()
+    assert all(record["measures"] for record in board_records(store, "adhoc")), "runs add up"
+
+
+def test_estimates_of_measures(
+    plan: Plan, store: Store, measured: tuple[Plan, Store, Summary, list[Job]]
+) -> None:
+    asking = small(MEASURED_TINY)
+    found = Runner(asking, store).estimate()
+    assert found.keys() == {cell.key for cell in asking.cells}, "no model is trained for it"
+    assert all(e.seconds > 0 and 0 < e.disk_bytes < 1e6 for e in found.values())
+    more = dataclasses.replace(TINY, measure=("class_distance:pairs=all,samples=20", PGD))
+    larger = Runner(small(more), store).estimate()
+    assert all(larger[key].seconds > e.seconds for key, e in found.items())
+    known = measured[1]
+    again = dataclasses.replace(MEASURED_TINY, seed=(1,))  # other cells: as long as these took
+    past = past_seconds(known)
+    took = sum(seconds for name, seconds in past.items() if "/measure/" in name)
+    asked, plain = (
+        Runner(small(board), known).estimate()
+        for board in (again, dataclasses.replace(again, measure=()))
+    )
+    cell = cell_of(small(again), "patch", "none").key
+    assert took > 0
+    assert asked[cell].seconds - plain[cell].seconds == pytest.approx(took)
+
+
+def test_what_cannot_be_measured_is_refused_before_training() -> None:
+    for spec, words in (
+        ("class_distance:samples=101", "has 100 images, but 101 are asked for"),
+        ("class_distance:pairs=(0:5)", "no class 5"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            make_plan(dataclasses.replace(TINY, measure=(spec,)))
+
+
+def test_a_reading_is_kept_by_what_makes_it(
+    measured: tuple[Plan, Store, Summary, list[Job]],
+) -> None:
+    asked, other = measured[0].measures
+    same: dict[str, Any] = {"data": "d", "network": ("n", "c"), "seed": 0, "bf16": False}
+    keys = [
+        key_of(asked, "w", **same),
+        key_of(other, "w", **same),
+        key_of(asked, "v", **same),
+        *(
+            key_of(asked, "w", **{**same, name: value})
+            for name, value in (("data", "e"), ("network", ("m", "c")), ("seed", 1), ("bf16", True))
+        ),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key_of(asked, "w", **same) == keys[0]
+
+
+def test_waiting_for_a_reading_ends_with_the_run(plan: Plan, store: Store) -> None:
+    told: list[str] = []
+    runner = Runner(plan, store, listener=lambda event: told.append(event.get("what", "")))
+    with store.lock("reading"):
+        runner.stop.event.set()
+        with pytest.raises(isolate.Interrupted), runner._waited("reading", "cell", "pgd"):
+            pass
+        runner.stop.event.clear()
+        later = threading.Timer(1.2, runner.stop.event.set)
+        later.start()
+        with pytest.raises(isolate.Interrupted), runner._waited("reading", "cell", "pgd"):
+            pass
+        later.join()
+    assert "waiting for the pgd of the same weights" in told
+    with runner._waited("reading", "cell", "pgd"), pytest.raises(TimeoutError):
+        store.lock("reading").acquire(timeout=0)

@@ -20,6 +20,11 @@ def test_outcomes_say_what_happened() -> None:
     good = {"status": "ok", "reason": "", "metrics": metrics}
     assert outcome({"error": "", "record": good}) == "ACC 92.0% -> 90.0%, ASR 100.0% -> 5.0%"
     assert outcome({"error": "", "record": {**good, "status": "collapsed"}}).endswith("[collapsed]")
+    measures = {"pgd:eps=8": {"name": "pgd", "status": "failed", "reason": "out of memory"}}
+    text = outcome({"error": "", "record": {**good, "measures": measures}})
+    assert text.endswith("ASR 100.0% -> 5.0% [pgd failed: out of memory]")
+    measures["pgd:eps=8"]["status"] = "ok"
+    assert outcome({"error": "", "record": {**good, "measures": measures}}).endswith("5.0%")
     lost = {"status": "timeout", "reason": "it did not end within 9 seconds", "metrics": {}}
     assert outcome({"error": "", "record": lost}) == "timeout: it did not end within 9 seconds"
     assert outcome({"error": "out of memory", "record": None}) == "failed: out of memory"

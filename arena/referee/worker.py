@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from arena.core import metrics, models, parts, poisoning, training
 from arena.core.contracts import ControlsTraining, Images, Trigger
+from arena.core.measures import measures
 from arena.core.mmd import mmd_report
 from arena.core.progress import report
 from arena.core.recipes import recipe_for
@@ -34,6 +35,7 @@ from arena.store import Store, load_tensors, save_tensors
 
 Job = Mapping[str, Any]
 PROBED = 1000  # test images per probe
+_REFEREE = ("measure", "examine")  # jobs that are the referee's own
 
 
 def read_split(files: Mapping[str, str]) -> Images:
@@ -239,6 +241,26 @@ def _probe_answers(
     return found
 
 
+def examine(job: Job, line: Line) -> dict[str, Any]:
+    """One of the board's measures, of one model; no method ever runs in such a process."""
+    device, place = _start(job), Path(job["scratch"]) / "measure.pt"
+    method = measures.build(job["spec"])
+    model = _network(job, job["weights"]).to(device)
+    val, test = (read_split(job[name]) for name in ("val", "test"))
+    resumed = place.exists()  # then `seconds` is a part only
+    started = time.monotonic()
+    try:
+        found = method.measure(model, val, test, int(job["seed"]), FileCheckpoint(place))
+    except BadInput as error:  # for want of memory, say
+        raise Refused(str(error)) from error
+    return {
+        "figures": found.figures,
+        "each": found.each,
+        "seconds": time.monotonic() - started,
+        "resumed": resumed,
+    }
+
+
 def stealth(clean: Tensor, triggered: Tensor, limit: int = 2000) -> dict[str, float | None]:
     """How far the triggered images are from the clean ones (uint8), on the first `limit`."""
     one, two = training.to_float(clean[:limit]), training.to_float(triggered[:limit])
@@ -289,8 +311,8 @@ def _start(job: Job) -> torch.device:
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
         # the referee's own passes must repeat exactly, or the null defense would move numbers
-        torch.backends.cudnn.benchmark = job["job"] != "measure"
-        torch.backends.cudnn.deterministic = job["job"] == "measure"
+        torch.backends.cudnn.benchmark = job["job"] not in _REFEREE
+        torch.backends.cudnn.deterministic = job["job"] in _REFEREE
     return device
 
 
@@ -323,4 +345,5 @@ JOBS: dict[str, Callable[[Job, Line], dict[str, Any]]] = {
     "scan": scan,
     "detect": detect,
     "measure": measure,
+    "examine": examine,
 }

@@ -126,6 +126,7 @@ def build_page(
         flags=_flags(chosen),
         metrics=metrics,
         cells=_provenance(rows),
+        measures=tables.view(tables.measures(rows)),
         script=_SCRIPT,
         script_digest=digest,
     )
@@ -372,6 +373,7 @@ def _facts(records: list[Record], rows: list[Row], command: str) -> list[tuple[s
         "Data": [*data, *_sources(records), *sorted(set(tests))],
         "Model": [row["model"] for row in rows],
         "Recipe": [row["recipe"] for row in rows],
+        "Measures": _measures(records),
         "Seeds": [", ".join(dict.fromkeys(str(seed) for seed in sorted(_seeds(rows))))],
         "Results": [count + ", ".join(f"{statuses[word]} {word}" for word in sorted(statuses))],
         "Run": [f"{started[0]} to {finished[-1]}"] if started and finished else [],
@@ -393,6 +395,11 @@ def _named(name: str, fingerprint: str) -> str:
 
 def _sources(records: list[Record]) -> list[str]:
     return [str(record["dataset"].get("source") or "") for record in records]
+
+
+def _measures(records: list[Record]) -> list[str]:
+    entries = [entry for record in records for entry in (record.get("measures") or {}).values()]
+    return sorted({entry["short"] for entry in entries})
 
 
 def _seeds(rows: list[Row]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -27,6 +27,15 @@ METRICS = (
     "l2",
     "linf",
 )
+MEASURED = (
+    "distance",
+    "distance_before",
+    "distance_gain",
+    "robust_acc",
+    "robust_acc_before",
+)
+UNITS = {"distance": "distance_unit", "robust_acc": "robust_against"}  # what they are in words
+MEASURED_WORDS = (*UNITS.values(), "unmeasured")
 LEVELS = ("shallow", "middle", "deep")  # of every network, from input to output
 MMD = tuple(f"mmd_{kind}_{level}" for level in LEVELS for kind in ("stamped", "intra", "inter"))
 BUDGET = ("seconds", "peak_memory_mb", "clean_images", "forward_images", "backward_images")
@@ -54,7 +63,8 @@ COLUMNS = (
     "finished",
     "key",
 )
-"""The keys of a flat row, in the order in which `flatten` writes them."""
+"""The keys of a flat row, in the order in which `flatten` writes them; `MEASURED` columns follow
+the metrics where a measure gave them."""
 
 
 def number(value: Any) -> float | int | None:
@@ -67,8 +77,9 @@ def number(value: Any) -> float | int | None:
 def flatten(record: Mapping[str, Any]) -> Row:
     """The flat row of one record: full specs, fractions in [0, 1], None where not measured.
 
-    The keys are `COLUMNS`; `flags` is a list of names. Raises ValueError where the record does not
-    say which cell it is.
+    The keys are `COLUMNS`; `flags` is a list of names. What the board's measures found stands after
+    the metrics, in columns that other rows lack; `unmeasured` lists those that failed, with the
+    reason. Raises ValueError where the record does not say which cell it is.
     """
     try:
         board, data = record["board"], record["dataset"]
@@ -90,6 +101,7 @@ def flatten(record: Mapping[str, Any]) -> Row:
         raise ValueError(f"record {name} does not name its cell: {missing} is missing") from None
     metrics, budget = record.get("metrics") or {}, record.get("budget") or {}
     row |= {name: number(metrics.get(name)) for name in METRICS}
+    row |= _measured(record.get("measures") or {})
     for name in ("acc", "asr"):
         low, high = (record.get("intervals") or {}).get(name) or (None, None)
         row[f"{name}_low"], row[f"{name}_high"] = number(low), number(high)
@@ -110,3 +122,27 @@ def flatten(record: Mapping[str, Any]) -> Row:
         "finished": record.get("finished") or "",
         "key": record.get("key") or "",
     }
+
+
+def _measured(measures: Mapping[str, Mapping[str, Any]]) -> Row:
+    entries = list(measures.values())
+    found = {k: v for entry in entries for k, v in (entry.get("columns") or {}).items()}
+    row: Row = {name: number(found[name]) for name in MEASURED if name in found}
+    row |= {name: str(found[name]) for name in UNITS.values() if name in found}
+    if lost := [f"{e['name']}: {e['reason']}" for e in entries if e["status"] != "ok"]:
+        row["unmeasured"] = sorted(lost)
+    return row
+
+
+def measured_columns(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The columns that only measures give, as far as any of the rows has them, in order."""
+    there = {name for row in rows for name in row}
+    return tuple(name for name in (*MEASURED, *MEASURED_WORDS) if name in there)
+
+
+def aligned(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the same columns each: None where one lacks what another has."""
+    extra = measured_columns(rows)
+    place = COLUMNS.index(METRICS[-1]) + 1
+    columns = (*COLUMNS[:place], *extra, *COLUMNS[place:])
+    return [{name: row.get(name) for name in columns} for row in rows]

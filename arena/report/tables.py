@@ -15,7 +15,20 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from .rows import BUDGET, COLUMNS, CONTEXT, INTERVALS, LEVELS, METRICS, Row, number
+from .rows import (
+    BUDGET,
+    COLUMNS,
+    CONTEXT,
+    INTERVALS,
+    LEVELS,
+    MEASURED,
+    METRICS,
+    UNITS,
+    Row,
+    aligned,
+    measured_columns,
+    number,
+)
 from .statistics import Summary, over_attacks, summarise
 
 if TYPE_CHECKING:
@@ -123,6 +136,7 @@ def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
         context: {(row["attack"], row["seed"]) for row in group if is_attacked(row)}
         for context, group in _groups(strong, _context).items()
     }
+    extra = [name for name in measured_columns(strong + weak) if not name.endswith("_before")]
     lines: list[Row] = []
     everyone = _groups(strong + weak, lambda row: (_context(row), row["defense"]))
     counting = _groups(filter(is_attacked, strong), lambda row: (_context(row), row["defense"]))
@@ -132,9 +146,10 @@ def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
         pairs = expected.get(context, set())
         absent = len(pairs) - len(counted)
         line = dict(zip(CONTEXT, context, strict=True)) | {"defense": defense}
-        for name in _OUTCOME:
-            values = {(row["attack"], row["seed"]): row[name] for row in done}
+        for name in (*_OUTCOME, *_numbers(extra)):
+            values = {(row["attack"], row["seed"]): row.get(name) for row in done}
             line |= _spread(name, over_attacks(values))
+        line |= _units(extra, done)
         line |= {
             "unsound": absent > 0 or any(row["status"] != "ok" for row in counted),
             "attacks": len({row["attack"] for row in done}),
@@ -150,7 +165,8 @@ def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
             line["defense"],
         )
     )
-    columns = (*CONTEXT, "defense", *_paired(_OUTCOME), "attacks", "seeds", "notes")
+    columns = (*CONTEXT, "defense", *_paired(_OUTCOME), *_columns(extra))
+    columns += ("attacks", "seeds", "notes")
     return _frame(lines, (*columns, "defense_short", "null"))
 
 
@@ -159,7 +175,8 @@ def cells(rows: Iterable[Row]) -> pd.DataFrame:
 
     Attacks that were not established stand apart, in `not_established`.
     """
-    return _cells(_by_establishment(current(rows))[0])
+    chosen = current(rows)
+    return _cells(_by_establishment(chosen)[0], measured_columns(chosen))
 
 
 WEAK_VIEW = (
@@ -171,24 +188,26 @@ WEAK_VIEW = (
 
 def not_established(rows: Iterable[Row]) -> pd.DataFrame:
     """The columns of `cells` for the victims whose attack did not work: shown, never ranked."""
-    return _cells(_by_establishment(current(rows))[1])
+    chosen = current(rows)
+    return _cells(_by_establishment(chosen)[1], measured_columns(chosen))
 
 
-def _cells(rows: list[Row]) -> pd.DataFrame:
+def _cells(rows: list[Row], extra: Iterable[str]) -> pd.DataFrame:
     lines: list[Row] = []
     groups = _groups(rows, lambda row: (_context(row), row["attack"], row["defense"]))
     for (context, attack, defense), group in groups.items():
         shown = [row for row in group if measured(row) or row["status"] == "not_established"]
         line = dict(zip(CONTEXT, context, strict=True))
         line |= {"threat": group[0]["threat"], "attack": attack, "defense": defense}
-        for name in _OUTCOME:
-            line |= _spread(name, summarise(row[name] for row in shown))
+        for name in (*_OUTCOME, *_numbers(extra)):
+            line |= _spread(name, summarise(row.get(name) for row in shown))
+        line |= _units(extra, shown)
         # why an attack is weak is said once per attack, in `attacks`, not once per defense
         reasons = all(row["status"] != "not_established" for row in group)
         line |= {"seeds": len(shown), "notes": _notes(group, len(group), 0, reasons)}
         lines.append(line | {name: group[0][name] for name in _SHORTS})
-    columns = (*CONTEXT, "threat", "attack", "defense", *_paired(_OUTCOME), "seeds", "notes")
-    return _frame(lines, (*columns, *_SHORTS))
+    columns = (*CONTEXT, "threat", "attack", "defense", *_paired(_OUTCOME), *_columns(extra))
+    return _frame(lines, (*columns, "seeds", "notes", *_SHORTS))
 
 
 def attacks(rows: Iterable[Row]) -> pd.DataFrame:
@@ -199,6 +218,11 @@ def attacks(rows: Iterable[Row]) -> pd.DataFrame:
     """
     chosen = current(rows)
     weak = {_victim(row) for row in _by_establishment(chosen)[1]}
+    extra = [
+        name
+        for name in measured_columns(chosen)
+        if name.endswith("_before") or name in UNITS.values()
+    ]
     lines: list[Row] = []
     groups = _groups(filter(is_attacked, chosen), lambda row: (_context(row), row["attack"]))
     for (context, attack), group in groups.items():
@@ -206,20 +230,22 @@ def attacks(rows: Iterable[Row]) -> pd.DataFrame:
         failed = sum(victim in weak for victim in victims)
         line = dict(zip(CONTEXT, context, strict=True))
         line |= {"threat": group[0]["threat"], "attack": attack}
-        for name in _VICTIM:  # every defense repeats its victim's numbers: one value per victim
+        # every defense repeats its victim's numbers: one value per victim
+        for name in (*_VICTIM, *_numbers(extra)):
             firsts = [
-                next((row[name] for row in same if row[name] is not None), None)
+                next((row[name] for row in same if row.get(name) is not None), None)
                 for same in victims.values()
             ]
             line |= _spread(name, summarise(firsts))
+        line |= _units(extra, group)
         why = _because(row for row in group if row["status"] == "not_established")
         note = f"not established {failed} of {len(victims)}{why}" if failed else ""
         lines.append(
             line | {"seeds": len(victims), "notes": note, "attack_short": group[0]["attack_short"]}
         )
     lines.sort(key=lambda line: (*map(str, _context(line)), line["threat"], line["attack_short"]))
-    columns = (*CONTEXT, "threat", "attack", *_paired(_VICTIM), "seeds", "notes", "attack_short")
-    return _frame(lines, columns)
+    columns = (*CONTEXT, "threat", "attack", *_paired(_VICTIM), *_columns(extra))
+    return _frame(lines, (*columns, "seeds", "notes", "attack_short"))
 
 
 def hiding(rows: Iterable[Row]) -> pd.DataFrame:
@@ -269,6 +295,11 @@ def published(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]]) -> pd.D
     return _frame(lines, (*columns, "seeds", "source", "attack_short"))
 
 
+def measures(rows: Sequence[Row]) -> pd.DataFrame:
+    """What the board's measures gave, one line per row as they come; no columns without any."""
+    return _row_frame(rows)[[*measured_columns(rows)]]
+
+
 def failures(rows: Iterable[Row]) -> pd.DataFrame:
     """Every cell that collapsed, failed, timed out or did not apply, with the reason."""
     fields = (*CONTEXT, "attack", "defense", "seed", "status", "reason", "key", *_SHORTS)
@@ -289,6 +320,12 @@ def _notes(rows: list[Row], total: int, absent: int, reasons: bool = False) -> s
         flag for row in rows for flag in dict.fromkeys(row["flags"]) if flag != row["status"]
     )
     notes += [f"{_words(flag)} {count} of {total}" for flag, count in sorted(flags.items())]
+    lost = Counter(
+        text.partition(":")[0]
+        for row in rows
+        for text in dict.fromkeys(row.get("unmeasured") or ())
+    )
+    notes += [f"{name} failed {count} of {total}" for name, count in sorted(lost.items())]
     text = ", ".join(notes)
     return text + _because(rows) if reasons else text
 
@@ -313,11 +350,29 @@ def _paired(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(column for name in names for column in (name, f"{name}_sd"))
 
 
+def _numbers(extra: Iterable[str]) -> list[str]:
+    return [name for name in extra if name in MEASURED]
+
+
+def _columns(extra: Iterable[str]) -> tuple[str, ...]:
+    """The columns of a table for what measures gave: numbers with their deviation, then units."""
+    return (*_paired(_numbers(extra)), *(name for name in extra if name in UNITS.values()))
+
+
+def _units(extra: Iterable[str], rows: Sequence[Row]) -> Row:
+    """The units of a line's figures; each has one where all is well."""
+    return {
+        name: "; ".join(sorted({row.get(name) or "" for row in rows} - {""}))
+        for name in extra
+        if name in UNITS.values()
+    }
+
+
 def _last(value: float | None, sign: int) -> tuple[bool, float]:
     return value is None, 0.0 if value is None else sign * value
 
 
-_FLOATS = {*METRICS, *INTERVALS, *BUDGET, "published_acc", "published_asr", "asr_gap"}
+_FLOATS = {*METRICS, *MEASURED, *INTERVALS, *BUDGET, "published_acc", "published_asr", "asr_gap"}
 
 
 def _frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
@@ -332,7 +387,9 @@ def _frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.Dat
 def _row_frame(rows: Sequence[Row]) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(list(rows), columns=list(COLUMNS), dtype=object)  # ints stay ints
+    lines = aligned(rows)
+    columns = list(lines[0]) if lines else list(COLUMNS)
+    return pd.DataFrame(lines, columns=columns, dtype=object)  # ints stay ints
 
 
 # ----------------------------------------------------------------------------------------- view
@@ -351,13 +408,28 @@ _PERCENT = {
     "published_acc": "published ACC %",
     "published_asr": "published ASR %",
     "asr_gap": "ASR gap",
+    "distance_gain": "gain %",
+    "robust_acc": "robust ACC %",
+    "robust_acc_before": "robust ACC % before",
 }
 _STEALTH = ("psnr", "ssim", "l2", "linf")  # properties of the trigger: shown without their sd
 _MMD = {"mmd_stamped": "stamped", "mmd_intra": "same class", "mmd_inter": "nearest other class"}
-_DIGITS = {"psnr": 1, "ssim": 3, "l2": 2, "linf": 3, "seconds": 1, **dict.fromkeys(_MMD, 3)}
-_HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "l2": "L2", "linf": "L∞", **_MMD}
+_DISTANCES = {"distance": "distance", "distance_before": "distance before"}
+_DIGITS = {
+    "psnr": 1,
+    "ssim": 3,
+    "l2": 2,
+    "linf": 3,
+    "seconds": 1,
+    **dict.fromkeys(_MMD, 3),
+    **dict.fromkeys(_DISTANCES, 2),
+}
+_HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "l2": "L2", "linf": "L∞", **_MMD, **_DISTANCES}
 _COUNTS = ("attacks", "seeds", "seed")
-_TEXTS = ("threat", "attack", "level", "defense", "status", "flags", "reason", "notes", "source")
+_TEXTS = (
+    *("threat", "attack", "level", "defense", "status", "flags", "reason", "notes", "source"),
+    *(*UNITS.values(), "unmeasured"),
+)
 _ROW_VIEW = (
     *("attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds"),
     *("status", "flags", "reason"),
@@ -389,7 +461,8 @@ class View:
 
 
 def view(frame: pd.DataFrame) -> View:
-    """The readable form of a frame of this module. Context that never varies becomes the title."""
+    """The readable form of a frame of this module. Context that never varies becomes the title, a
+    unit that never varies part of its columns' headings."""
     records = _records(frame)
     constant = [
         name
@@ -405,13 +478,22 @@ def view(frame: pd.DataFrame) -> View:
         or name in _COUNTS
         or name in _TEXTS
     ]
-    optional = ("threat", "flags", "reason", "notes")
+    optional = ("threat", "flags", "reason", "notes", "unmeasured")
     hidden = {name for name in optional if not any(record.get(name) for record in records)}
+    told: dict[str, str] = {}
+    for column, name in UNITS.items():
+        units = {unit for record in records if (unit := record.get(name))}
+        if len(units) < 2:
+            hidden.add(name)
+            told |= dict.fromkeys((column, f"{column}_before"), "".join(f", {u}" for u in units))
+    hidden |= {f"{name}_before" for name in names}  # the null defense's line tells it
     names = [name for name in names if name not in hidden]
     return View(
         title=context_title({name: records[0][name] for name in constant}) if records else "",
         names=tuple(names),
-        headings=tuple(_PERCENT.get(name) or _HEADINGS.get(name, name) for name in names),
+        headings=tuple(
+            (_PERCENT.get(name) or _HEADINGS.get(name, name)) + told.get(name, "") for name in names
+        ),
         numeric=tuple(name in _PERCENT or name in _DIGITS or name in _COUNTS for name in names),
         lines=tuple(tuple(_entry(record, name) for name in names) for record in records),
         null=tuple(bool(record.get("null")) for record in records),
@@ -487,19 +569,23 @@ def render(table: pd.DataFrame | Sequence[Row], format: str) -> str | Table | Te
         near = get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(FORMATS)}"
         raise ValueError(f"no table format is called {format!r}; {hint}")
-    is_rows = isinstance(table, Sequence)
     frame = _row_frame(table) if isinstance(table, Sequence) else table
     if format == "csv":
         return _csv(frame)
     if format == "json":
         return json.dumps(_records(frame), indent=1, allow_nan=False) + "\n"
-    shown = view(frame[[*CONTEXT, *_ROW_VIEW, *_SHORTS]] if is_rows else frame)
+    if isinstance(table, Sequence):
+        extra = measured_columns(table)
+        frame = frame[[*CONTEXT, *_ROW_VIEW, *extra, *_SHORTS]]
+    shown = view(frame)
     return {"md": markdown, "latex": latex, "table": _rich}[format](shown)
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    lists = {"flags"} & set(frame.columns)
-    frame = frame.assign(**{name: frame[name].map(" ".join) for name in lists})
+    if "flags" in frame:
+        frame = frame.assign(flags=frame["flags"].map(" ".join))
+    if "unmeasured" in frame:
+        frame = frame.assign(unmeasured=frame["unmeasured"].map(lambda lost: "; ".join(lost or ())))
     text: str = frame.to_csv(index=False, lineterminator="\n")
     return text
 
@@ -561,7 +647,8 @@ def _rich(shown: View) -> Table | Text:
         return Text("No rows.")
     table = Table(title=Text(shown.title), header_style="bold", title_justify="left")
     for heading, numeric in zip(shown.headings, shown.numeric, strict=True):
-        table.add_column(Text(heading), justify="right" if numeric else "left", no_wrap=numeric)
+        text = Text(heading.replace(", ", "\n"))  # the unit below, since headings are not wrapped
+        table.add_column(text, justify="right" if numeric else "left", no_wrap=numeric)
     for line, null in zip(shown.lines, shown.null, strict=True):
         table.add_row(*(Text(str(entry)) for entry in line), style="dim" if null else "")
     return table
