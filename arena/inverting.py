@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arena.core import training
+from arena.core.inversion import codec as codecs
 from arena.core.inversion import distances as measures
 from arena.core.inversion.engine import Family, Found, Problem, Search, invert, stamped
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
-from arena.core.registry import BadInput, code_hash, short_spec, spec_of
+from arena.core.registry import BadInput, code_hash, short_spec, spec_of, split_spec
+from arena.core.seeding import stream
 from arena.referee.isolate import keep_freed_memory
 from arena.referee.keeping import FileCheckpoint
+from arena.runner import method_identity
 from arena.store import Store, digest
 from arena.subjects import Subject
 
@@ -66,6 +69,44 @@ class Question:
         )
 
 
+def with_encoder(method: str, encoder: str, subject: Subject, store: Store) -> str:
+    """The spec of DECK's triggers with another encoder: the name of one that is shipped, a file of
+    tools/make_codec.py, or torchvision:NAME, for which a decoder is trained on the data set's
+    training images, once per store. Raises BadInput."""
+    name, fields = split_spec(method)
+    if name != "deck":
+        raise BadInput(f"--encoder is for --method deck; the triggers of {name} need none.")
+    if not encoder.startswith("torchvision:"):
+        is_file = encoder.endswith(".safetensors")
+        return _with(name, {**fields, ("file" if is_file else "encoder"): encoder})
+    family = families.build(method)
+    key = digest(
+        {
+            "kind": "codec",
+            "encoder": encoder,
+            "decoder": family.decoder,
+            "data": subject.data.fingerprint,
+            "code": code_hash("arena.core.inversion.codec"),
+        }
+    )
+    part = f"{encoder.replace(':', '-')}-{subject.data.name.partition(':')[0]}"
+    store.create()
+    with store.lock(key):
+        kept = store.artifact(key)
+        if kept is None:
+            first = codecs.vgg_encoder(encoder.partition(":")[2])
+            made = codecs.train_codec(
+                subject.data.train, stream(0, "codec"), how=family.decoder, encoder=first
+            )
+            kept = store.save(key, {part: codecs.packed([made])}, {"kind": "codec"})
+    return _with(name, {**fields, "file": str(kept.path(part))})
+
+
+def _with(name: str, fields: Mapping[str, str]) -> str:
+    quoted = {k: f"({v})" if set(v) & set(",()") else v for k, v in fields.items()}
+    return f"{name}:{','.join(f'{key}={value}' for key, value in quoted.items())}"
+
+
 def answers(
     subject: Subject,
     question: Question,
@@ -83,8 +124,7 @@ def answers(
             "weights": subject.digest,
             "data": subject.data.fingerprint,
             "split": question.split,
-            "family": spec_of(family),
-            "code": code_hash(type(family).__module__),
+            "family": method_identity(family),
             "search": dataclasses.asdict(search),
             "problems": [dataclasses.astuple(problem) for problem in problems],
             "seed": question.seed,
@@ -152,7 +192,7 @@ def class_distances(
         "weights": subject.digest,
         "method": short_spec(family),
         "unit": family.unit,
-        "encoder": getattr(family, "encoder", None),
+        "encoder": family.seen_by,
         "classes": list(subject.data.classes),
         "distances": _listed(matrix.size),
         "spread": _listed(matrix.spread),

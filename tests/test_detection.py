@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 from test_cli import arena, assert_refused
-from test_scanning import CLASSES, SIDE, clean, model_with
+from test_scanning import CLASSES, SIDE, clean
+from torch import nn
 
 from arena import detecting
 from arena.core import detection
 from arena.core.contracts import Detects, Images
+from arena.core.models import Classifier, ModelSpec
+from arena.core.networks import Network
 from arena.core.registry import BadInput, defenses
 from arena.core.seeding import stream
 from arena.defenses import activation_clustering, spectral, subspace
@@ -22,6 +25,32 @@ DETECTORS = detecting.detectors()
 @pytest.fixture(params=DETECTORS)
 def detector(request):
     return defenses.build(request.param)
+
+
+class Bare(nn.Module):
+    """Whose features are the image itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = nn.Identity(), nn.Linear(3 * SIDE**2, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.block(x).flatten(1))
+
+
+def transparent() -> Classifier:
+    network = Network(
+        build=lambda classes, shape: Bare(),
+        levels=("block", "block", "block"),
+        head="head",
+        summary="no network at all",
+        source="this file",
+        sides=(SIDE, SIDE),
+    )
+    model = Classifier(ModelSpec("bare", CLASSES, (3, SIDE, SIDE)), network)
+    model.normalize.mean.fill_(0.5)
+    model.normalize.std.fill_(0.25)
+    return model.eval()
 
 
 def mixed(strength: float, n: int = 60, stamped: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +104,7 @@ def test_what_looks_different_inside_is_told_apart(detector, level):
     x, truth = mixed(120.0)
     fields = {"components": 3} if detector.method_name == "activation_clustering" else {}
     method = type(detector)(level=level, **fields)  # 20 components of 60 inputs are mostly noise
-    model, trusted = model_with(0.0), clean(80)
+    model, trusted = transparent(), clean(80)
     scores = method.score(model, x, trusted, stream(0, "score"))
     assert isinstance(method, Detects)
     assert scores.shape == (60,)
@@ -86,7 +115,7 @@ def test_what_looks_different_inside_is_told_apart(detector, level):
 
 def test_what_looks_alike_is_not(detector):
     x, truth = mixed(0.0, n=90, stamped=30)
-    scores = detector.score(model_with(0.0), x, clean(80), stream(0, "score"))
+    scores = detector.score(transparent(), x, clean(80), stream(0, "score"))
     found = detecting.judged(detector, scores, truth)
     assert found["f1"] < 0.75
     assert 0.2 < found["auroc"] < 0.8
@@ -97,7 +126,7 @@ def test_too_few_inputs_are_refused(detector):
     few = clean(80).take(torch.arange(1)) if detector.method_name == "subspace" else clean(80)
     x = x if detector.method_name == "subspace" else x[:1]
     with pytest.raises(BadInput, match=r"needs \d .* or more, got 1"):
-        detector.score(model_with(0.0), x, few, stream(0, "score"))
+        detector.score(transparent(), x, few, stream(0, "score"))
 
 
 def test_leading_coordinates_are_those_of_the_singular_vectors():
@@ -147,7 +176,7 @@ def test_halves_are_told_apart_by_the_released_form_alone():
     found = {}
     for form in ("paper", "released"):
         method = spectral.Spectral(form=form, level="shallow")
-        scores = method.score(model_with(0.0), x, clean(80), stream(0, "score"))
+        scores = method.score(transparent(), x, clean(80), stream(0, "score"))
         found[form] = detecting.judged(method, scores, truth)["f1"]
     assert found["released"] == 1
     assert found["paper"] < 0.8

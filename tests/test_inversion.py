@@ -14,7 +14,7 @@ from arena.core import models
 from arena.core.contracts import Images
 from arena.core.inversion import engine
 from arena.core.inversion.engine import Problem, Search, invert, rows_of, stamped
-from arena.core.inversion.frozen import Frozen, bytes_per_image
+from arena.core.inversion.frozen import Frozen, saved_bytes
 from arena.core.registry import BadInput, short_spec
 from arena.core.seeding import stream
 from arena.inversions.cw import CW
@@ -121,12 +121,14 @@ def test_a_network_that_cannot_be_traced_is_used_as_it_is():
     assert torch.allclose(Frozen(model, "fp32")(x), expected, atol=1e-5)
 
 
-def test_memory_per_image_is_what_the_backward_pass_needs():
-    model = toys.planted()
-    need = bytes_per_image(Frozen(model, "fp32"), SHAPE)
-    maps = 4 * toys.SIDE**2  # bytes of one float32 map
-    # image, normalised image; three convolutions' inputs and ReLU's outputs of five channels
+def test_memory_is_what_the_backward_pass_needs():
+    frozen = Frozen(toys.planted(), "fp32")
+    x = torch.rand(2, *SHAPE, requires_grad=True)
+    need = saved_bytes(lambda: frozen(x), frozen)
+    maps = 2 * 4 * toys.SIDE**2  # bytes of a float32 map of each image
+    # normalised images; three convolutions' inputs and ReLU's outputs of five channels
     assert 10 * maps < need < 60 * maps
+    assert need == saved_bytes(lambda: frozen(x), frozen)
 
 
 # --------------------------------------------------------------------------------- the images
@@ -299,7 +301,12 @@ def test_updates_are_those_of_adam(frozen, images):
 
 def test_memory_says_how_many_go_at_once(frozen, images):
     run, state = run_of(frozen, images, QUICK)
-    part = 6 * bytes_per_image(frozen, SHAPE) + 2 * sum(v.nbytes for v in state.values())
+    one = {name: value[:1] for name, value in state.items()}
+    leaves = {"mask": one["free.mask"].requires_grad_(), "pattern": one["free.pattern"]}
+    leaves["pattern"].requires_grad_()
+    x = images.x[one["rows"][:, :6]] / 255
+    part = saved_bytes(lambda: run._losses(one, leaves, x), frozen)
+    part += 2 * sum(v.numel() * v.element_size() for v in one.values())
     assert run._room(5.5 * part) == 5
     with pytest.raises(BadInput, match=r"One problem needs about \d MiB"):
         run._room(0.5 * part)

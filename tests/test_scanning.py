@@ -14,35 +14,44 @@ from arena.core.models import Classifier, ModelSpec
 from arena.core.networks import Network
 from arena.core.registry import BadInput, defenses
 from arena.core.seeding import stream
+from arena.defenses import abs as abs_scanner
+from arena.defenses.abs import ABS
 from arena.defenses.k_arm import KArm, screened
 
 CLASSES, SIDE, TARGET = 8, 12, 3
+REST = 10.0  # activation of an inner neuron that sees nothing
 SCANNERS = [n for n in defenses.names() if "scans" in defenses.describe(n).powers]
 QUICK = {
     "nc": "nc:steps=150,samples=56",
     "pixel": "pixel:steps=150,samples=56",
     "k_arm": "k_arm:steps=150,samples=56",
+    "abs": "abs:form=patch,steps=100,samples=56",
 }
 
 
 class Patterns(nn.Module):
     """A class's score is how much an image looks like its pattern. With a backdoor, a corner speaks
-    for TARGET, which also is every image's second guess, as is usual for backdoored networks."""
+    for TARGET, which also is every image's second guess, as is usual for backdoored networks.
+    Patterns and corner are inner neurons, all but linear: ReLU bites far below what images show."""
 
     def __init__(self, backdoor: float) -> None:
         super().__init__()
-        self.block = nn.Identity()
-        self.head = nn.Linear(3 * SIDE**2, CLASSES)
+        self.block = nn.Conv2d(3, CLASSES + 1, SIDE)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(CLASSES + 1, CLASSES)
         with torch.no_grad():
-            self.head.bias.zero_()
-            self.head.bias[TARGET] = 10 * backdoor
-            self.head.weight.copy_(patterns().flatten(1) * 0.2)
-            corner = torch.zeros(3, SIDE, SIDE)
-            corner[:, -2:, -2:] = backdoor
-            self.head.weight[TARGET] += corner.flatten()
+            self.block.weight.zero_()
+            self.block.weight[:CLASSES] = patterns() * 0.2
+            self.block.weight[CLASSES, :, -2:, -2:] = backdoor
+            self.block.bias.fill_(REST)
+            self.head.weight.copy_(torch.eye(CLASSES, CLASSES + 1))
+            self.head.bias.fill_(-REST)
+            if backdoor:
+                self.head.weight[TARGET, CLASSES] = 1.0
+                self.head.bias[TARGET] += 10 * backdoor - REST
 
     def forward(self, x):
-        return self.head(self.block(x).flatten(1))
+        return self.head(self.relu(self.block(x)).flatten(1))
 
 
 def patterns():
@@ -53,7 +62,7 @@ NETWORK = Network(
     build=lambda classes, shape: Patterns(0.0),
     levels=("block", "block", "block"),
     head="head",
-    summary="a linear network by hand",
+    summary="an all but linear network by hand",
     source="this file",
     sides=(SIDE, SIDE),
 )
@@ -229,3 +238,99 @@ def test_a_pair_whose_way_back_is_as_short_is_no_backdoor(monkeypatch, back, gui
     assert asked == [([Problem(2, 5)], None), ([Problem(5, 2)], 7)]
     assert (found.target == 5) == guilty
     assert int((found.per_class > 1).sum()) == guilty
+
+
+# ------------------------------------------------------------------------------------------- abs
+
+
+def corner_patch() -> dict[str, torch.Tensor]:
+    mask = torch.full((1, SIDE, SIDE), -9.0)
+    mask[:, -2:, -2:] = 9.0
+    return {"mask": mask, "pattern": torch.ones(3, SIDE, SIDE)}
+
+
+def test_the_reasr_is_over_all_clean_images_of_other_classes():
+    images, model = clean(), Frozen(model_with(0.5), "fp32")
+    trigger = corner_patch()
+    share = abs_scanner.reasr(
+        model, families.build("abs"), Found(Problem(None, TARGET), None, 1.0, trigger, 1), images
+    )
+    others = images.x[images.y != TARGET] / 255
+    others[..., -2:, -2:] = 1.0
+    assert share == pytest.approx(float((model(others).argmax(1) == TARGET).double().mean()))
+    assert 0 < share < 1
+
+
+class Given:
+    """What is found is given: shares of the images optimised on, by form."""
+
+    def __init__(self, monkeypatch, shares):
+        self.asked = []
+
+        def invert(model, family, problems, images, search, *, guide, **rest):
+            self.asked.append((family.method_name, search, guide))
+            name = family.method_name
+            trigger = corner_patch() if name == "abs" else {"mix": torch.eye(12, 3)}
+            return [
+                Found(p, None, s, trigger, 1) for p, s in zip(problems, shares[name], strict=True)
+            ]
+
+        monkeypatch.setattr(abs_scanner, "invert", invert)
+        monkeypatch.setattr(abs_scanner, "reasr", lambda m, f, found, c: found.asr - 0.1)
+
+
+def test_promising_triggers_are_tried_on_all_and_the_best_is_blamed(monkeypatch):
+    planted = model_with(1.5)
+    labels = [one.label for one in abs_scanner.analysed(Frozen(planted), clean(), 0).candidates(3)]
+    given = Given(monkeypatch, {"abs": [0.59, 0.99, 0.7], "abs_filter": [0.6, 0.1, 1.0]})
+    found = ABS(top=3, samples=60).scan(planted, clean(), stream(0, "scan"))
+    assert [form for form, *_ in given.asked] == ["abs", "abs_filter"]
+    assert [one.others for *_, one in given.asked] == [1e-4, 1e-5]
+    assert all((s.samples, s.batch, s.asr) == (20, 20, 2.0) for _, s, _ in given.asked)
+    assert [s.lr for _, s, _ in given.asked] == [0.1, 2e-3]
+    expected = torch.full((CLASSES,), torch.nan).double()
+    for label, score in zip(labels, (0.59, 0.89, 0.9), strict=True):
+        expected[label] = max(score, expected[label].nan_to_num(0.0))
+    assert torch.allclose(found.per_class, expected, equal_nan=True)
+    assert found.score == pytest.approx(0.9)
+    assert found.target == labels[2]
+    high = ABS(top=3, threshold=0.95).scan(planted, clean(), stream(0, "scan"))
+    assert (high.target, high.trigger) == (None, None)
+    assert high.score == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(("form", "asked"), [("patch", ["abs"]), ("filter", ["abs_filter"])])
+def test_one_form_may_be_searched_alone(monkeypatch, form, asked):
+    given = Given(monkeypatch, {"abs": [0.99], "abs_filter": [1.0]})
+    found = ABS(form=form, top=1).scan(model_with(1.5), clean(), stream(0, "scan"))
+    assert [name for name, *_ in given.asked] == asked
+    assert found.trigger.shape == (3, SIDE, SIDE)
+    if form == "patch":
+        assert found.trigger[:, -2:, -2:].min() > 0.9
+        assert found.trigger.sum() == pytest.approx(12, abs=0.01), "a patch is shown on black"
+    else:
+        assert found.trigger.mean() > 0.2, "a filter is shown on an image"
+
+
+def test_without_a_neuron_that_elects_nothing_is_searched(monkeypatch):
+    model = model_with(0.0)
+    model.body.head.weight.data.zero_()
+    monkeypatch.setattr(abs_scanner, "invert", lambda *args, **rest: pytest.fail("searched"))
+    found = ABS().scan(model, clean(), stream(0, "scan"))
+    assert (found.score, found.target) == (0.0, None)
+    assert found.per_class.isnan().all()
+
+
+def test_a_filter_that_is_a_backdoor_is_found():
+    """Greenish images are of the target, as after a filter attack."""
+    model = model_with(0.0)
+    with torch.no_grad():
+        model.body.block.weight[CLASSES, 1] = 4 / SIDE**2
+        model.body.block.weight[CLASSES, 0] = model.body.block.weight[CLASSES, 2] = -2 / SIDE**2
+        model.body.head.weight[TARGET, CLASSES] = 40.0
+        model.body.head.bias[TARGET] -= 40 * REST
+    scanner = ABS(form="filter", top=1, steps=200, samples=42)
+    found = scanner.scan(model, clean(), stream(0, "scan"))
+    assert found.target == TARGET
+    red, green, blue = found.trigger.mean((1, 2)).tolist()
+    assert green > max(red, blue) + 0.1

@@ -12,9 +12,13 @@ from test_cli import arena, assert_refused
 
 from arena import subjects
 from arena.core import models
+from arena.core.inversion import codec
+from arena.core.inversion.codec import Codec
+from arena.core.inversion.families import families
 from arena.core.registry import BadInput
 from arena.core.seeding import stream
-from arena.inverting import Question, pruned, rescaled, rotated
+from arena.inverting import Question, pruned, rescaled, rotated, with_encoder
+from arena.store import Store
 from arena.subjects import of_checkpoint, read_weights
 
 FEW = ("--samples", 5, "--steps", 3, "--restarts", 2, "--pairs", "0:1,2:0", "--device", "cpu")
@@ -150,6 +154,48 @@ def test_pairs_without_a_trigger_are_no_distance(store, cells):
     assert "no trigger reached 100% for 1" in table
 
 
+def test_an_encoder_of_one_s_own(store, cells, tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "own.safetensors"
+    save_file(codec.packed([Codec(3)]), file)
+    words = ("distance", cells["patch"], "--store", store, *FEW, "--asr", 0.01, "--json")
+    deck = ("--method", "deck:regions=1", "--encoder", file)
+    found = json.loads(arena(*words, *deck).out)
+    assert found["encoder"].startswith("own (sha256 ")
+    assert found["unit"] == "feature MSE"
+    assert found["mean"] > 0
+    torch.manual_seed(1)  # another encoder in a file of the same name: nothing is read from before
+    save_file(codec.packed([Codec(3)]), file)
+    again = json.loads(arena(*words, *deck).out)
+    assert again["encoder"] != found["encoder"]
+    assert again["mean"] != found["mean"]
+
+
+def test_a_network_s_encoder_gets_a_decoder_for_the_data_once(store, cells, monkeypatch):
+    made = []
+
+    def train(images, rng, *, how, encoder):
+        made.append((len(images), how, encoder))
+        torch.manual_seed(0)
+        trained = Codec(3, how)
+        trained.encoder.load_state_dict(encoder.state_dict())
+        return trained
+
+    monkeypatch.setattr(codec, "vgg_encoder", lambda name: Codec(3).encoder)
+    monkeypatch.setattr(codec, "train_codec", train)
+    opened = Store(store)
+    subject = subjects.of_cell(opened, cells["patch"])
+    method = "deck:regions=1,decoder=zero"
+    spec = with_encoder(method, "torchvision:vgg16", subject, opened)
+    assert spec == with_encoder(method, "torchvision:vgg16", subject, opened)
+    assert [(count, how) for count, how, _ in made] == [(len(subject.data.train), "zero")]
+    family = families.build(spec)
+    assert (family.regions, family.decoder) == (1, "zero")
+    assert family.seen_by.startswith("torchvision-vgg16-signs (sha256 ")
+    trained = codec.of_file(Path(family.file), "zero").encoder.conv1.weight
+    assert torch.allclose(trained, made[0][2].conv1.weight, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -168,6 +214,10 @@ def test_pairs_without_a_trigger_are_no_distance(store, cells):
         (("CELL", "--split", "train"), "--split must be val or test"),
         (("CELL", "--memory", 0.00001), "One problem needs about"),
         (("CELL", "--device", "cuda:9"), "--device cuda:9"),
+        (("CELL", "--encoder", "cifar10"), "--encoder is for --method deck"),
+        (("CELL", "--method", "deck", "--encoder", "cifar11"), "did you mean 'cifar10'?"),
+        (("CELL", "--method", "deck", "--encoder", "no.safetensors"), "no.safetensors"),
+        (("CELL", "--method", "deck", "--encoder", "torchvision:vgg11"), "no such first block"),
     ],
 )
 def test_bad_questions(store, cells, words, told):
@@ -270,7 +320,7 @@ def test_a_verdict_on_a_cell(store, cells, tmp_path):
     ("words", "told"),
     [
         (("--method", "pixl"), "There is no scanner 'pixl'; did you mean 'pixel'?"),
-        (("--method", "finetune"), "finetune repairs but scans nothing; scanners: k_arm, nc"),
+        (("--method", "finetune"), "finetune repairs but scans nothing; scanners: abs, k_arm, nc"),
         (("--method", "nc:asr=2"), "asr must be at most 1"),
         (("--clean-share", 0), "--clean-share must be above 0"),
         (("--clean-share", 0.005), "clean set"),

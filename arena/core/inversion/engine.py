@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from arena.core import training
 from arena.core.contracts import Images
-from arena.core.inversion.frozen import Frozen, bytes_per_image
+from arena.core.inversion.frozen import Frozen, saved_bytes
 from arena.core.progress import report
 from arena.core.registry import BadInput
 from arena.core.seeding import stream
@@ -72,6 +72,23 @@ class Search:
     # after the weight has both risen and fallen
 
 
+class Guide(Protocol):
+    """What a search looks at inside the network, besides its answers."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Modules of the network's body whose outputs `drive` wants."""
+        ...
+
+    def assigned(self, problem: Problem) -> State:
+        """Variables of a problem that stay; their names start with `_`."""
+        ...
+
+    def drive(self, at: State, outputs: Mapping[str, Tensor]) -> Tensor:
+        """(K,) to be added to the loss. outputs: (K, B, C, …) of each layer, by name."""
+        ...
+
+
 class Family(Protocol):
     """A family of triggers: subclass it. Its functions are pure and serve K problems at once.
 
@@ -87,6 +104,18 @@ class Family(Protocol):
     def usual(self) -> Search:
         """The search of its paper."""
         return Search()
+
+    @property
+    def seen_by(self) -> str | None:
+        """The network whose features sizes are of; None: they are of images."""
+        return None
+
+    def guide(
+        self, model: Frozen, problems: Sequence[Problem], images: Images, seed: int
+    ) -> Guide | None:
+        """Made once for all problems of a run, from nothing that depends on which they are; None:
+        the search looks at answers alone."""
+        return None
 
     def begin(self, x: Tensor, rng: Generator) -> State:
         """The variables of a problem; x: its images, (N, C, H, W) float32 in [0, 1]."""
@@ -156,6 +185,7 @@ def invert(
     slots: int | None = None,
     checkpoint: Checkpoint | None = None,
     what: str = "inverting triggers",
+    guide: Guide | None = None,
 ) -> list[Found]:
     """Answers in the order of `problems`.
 
@@ -163,12 +193,12 @@ def invert(
     memory: bytes that the triggers' passes may take; None: half of what is free on a GPU.
     slots: problems in flight; None: as many as the memory holds (on a CPU few: they buy nothing).
     checkpoint: where the state is kept now and then, and read from at the start.
+    guide: one that is there already; None: the family's, if it has one.
     Raises BadInput on a class without enough images, on victim = target, and where the memory does
     not hold one problem.
     """
-    return _Run(model, family, tuple(problems), images, search, seed, checkpoint, what).run(
-        memory, slots
-    )
+    run = _Run(model, family, tuple(problems), images, search, seed, checkpoint, what, guide)
+    return run.run(memory, slots)
 
 
 @torch.no_grad()
@@ -225,6 +255,7 @@ class _Run:
         seed: int,
         checkpoint: Checkpoint | None,
         what: str,
+        guide: Guide | None = None,
     ) -> None:
         self.model, self.family, self.search, self.seed = model, family, search, seed
         self.problems, self.checkpoint, self.what = problems, checkpoint, what
@@ -236,6 +267,7 @@ class _Run:
         self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
         self.parts = math.ceil(search.samples / search.batch)
         self.found: dict[int, Found] = {}
+        self.guide = guide or family.guide(model, problems, images, seed)
 
     def run(self, memory: float | None, slots: int | None) -> list[Found]:
         self.slots = min(len(self.problems), slots or self._room(memory))
@@ -265,13 +297,13 @@ class _Run:
 
     def _room(self, memory: float | None) -> int:
         """Problems that fit at once."""
-        part = math.ceil(self.search.samples / self.parts)
-        each = part * bytes_per_image(self.model, self.shape)
-        one = self._begin(self.problems[0], self.rows[0])
-        each += 2 * sum(value.nbytes for value in one.values())  # it is copied when others end
+        if memory is None and self.device.type != "cuda":
+            return max(1, _CPU_IMAGES // math.ceil(self.search.samples / self.parts))
+        one = self._begun([0])
+        each = 2 * sum(value.nbytes for value in one.values())  # it is copied when others end
+        x = self._images(one["rows"].tensor_split(self.parts, 1)[0])
+        each += saved_bytes(lambda: self._losses(one, _leaves(one), x), self.model)
         if memory is None:
-            if self.device.type != "cuda":
-                return max(1, _CPU_IMAGES // part)
             memory = 0.5 * torch.cuda.mem_get_info(self.device)[0]
         if memory < each:
             raise BadInput(
@@ -314,6 +346,8 @@ class _Run:
         search = self.search
         rng = stream(self.seed, "inversion", problem.victim, problem.target, problem.restart)
         at = self.family.begin(training.to_float(self.x[rows].cpu()), rng)
+        if self.guide is not None:
+            at = at | self.guide.assigned(problem)
         orders = torch.stack([torch.randperm(len(rows), generator=rng) for _ in range(_ORDERS)])
         state: State = {
             "rows": rows,
@@ -355,22 +389,18 @@ class _Run:
     # ------------------------------------------------------------------------------- one pass
 
     def _advance(self, state: State) -> None:
-        """One pass over every problem's images, in place; nothing waits for the device."""
+        """One pass over every problem's images, in place; nothing but a guide waits for the
+        device."""
         search, family = self.search, self.family
         turn = (state["passes"] % _ORDERS)[:, None, None].expand(-1, 1, search.samples)
         order = state["orders"].gather(1, turn)[:, 0]
         rows = state["rows"].gather(1, order)
         hits, losses = torch.zeros_like(state["passes"]), torch.zeros_like(state["cost"])
         for chosen in rows.tensor_split(self.parts, 1):
-            x = training.to_float(self.x[chosen.flatten()]).view(*chosen.shape, *self.shape)
-            free = _named(state, "free")
+            x = self._images(chosen)
             with torch.enable_grad():
-                leaves = {name: value.requires_grad_() for name, value in free.items()}
-                at = leaves | _named(state, "fixed")
-                shown = family.stamp(at, x)
-                logits = self.model(shown.flatten(0, 1)).view(*chosen.shape, -1)
-                loss = family.loss(logits, state["target"])
-                total = loss + state["cost"] * family.penalty(at, x, shown)
+                leaves = _leaves(state)
+                shown, logits, loss, total = self._losses(state, leaves, x)
                 found = torch.autograd.grad(
                     total.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
                 )
@@ -385,6 +415,30 @@ class _Run:
         self._judge(state, last, success, size, losses / self.parts)
         at = family.thinned(_named(state, "free") | _named(state, "fixed"), slopes, success)
         state |= {f"free.{name}": at[name] for name in last}
+
+    def _images(self, rows: Tensor) -> Tensor:
+        """(K, B, C, H, W) float32 of rows (K, B)."""
+        return training.to_float(self.x[rows.flatten()]).view(*rows.shape, *self.shape)
+
+    def _losses(
+        self, state: State, leaves: State, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images with triggers, logits, and (K,) losses without and with what sizes cost."""
+        at = leaves | _named(state, "fixed")
+        shown = self.family.stamp(at, x)
+        logits, driven = self._asked(at, shown)
+        loss = self.family.loss(logits, state["target"])
+        loss = loss if driven is None else loss + driven
+        return shown, logits, loss, loss + state["cost"] * self.family.penalty(at, x, shown)
+
+    def _asked(self, at: State, shown: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (K, B, classes) of images (K, B, C, H, W), and what the guide adds to the loss."""
+        front, flat = shown.shape[:2], shown.flatten(0, 1)
+        if self.guide is None:
+            return self.model(flat).view(*front, -1), None
+        logits, outputs = self.model.watched(flat, self.guide.layers)
+        apart = {name: value.unflatten(0, front) for name, value in outputs.items()}
+        return logits.view(*front, -1), self.guide.drive(at, apart)
 
     def _update(self, state: State, free: State, slopes: State) -> None:
         """Adam, with a count of updates for every problem; or a step by signs."""
@@ -473,7 +527,7 @@ class _Run:
         hits = torch.zeros_like(state["passes"])
         size = torch.zeros_like(state["size"])
         for rows in state["rows"].tensor_split(self.parts, 1):
-            x = training.to_float(self.x[rows.flatten()]).view(*rows.shape, *self.shape)
+            x = self._images(rows)
             shown = self.family.stamp(at, x)
             answers = self.model(shown.flatten(0, 1)).argmax(1)
             hits += (answers.view(rows.shape) == state["target"][:, None]).sum(1)
@@ -559,3 +613,8 @@ def _named(state: State, prefix: str) -> State:
 
 def _joined(state: State, more: State) -> State:
     return {k: torch.cat([state[k], v]) for k, v in more.items()} if state else more
+
+
+def _leaves(state: State) -> State:
+    """The free variables, to be differentiated by."""
+    return {name: value.requires_grad_() for name, value in _named(state, "free").items()}

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from arena.core import training
 from arena.core.models import Classifier, passes
@@ -47,6 +49,29 @@ class Frozen(nn.Module):
         passes.backward += len(x) if logits.requires_grad else 0
         return logits
 
+    def watched(self, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits, and what these modules of `body` put out, (N, C, …) by name."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> RemovableHandle:
+            def hook(module: nn.Module, args: object, out: Tensor) -> Tensor:
+                seen[name] = channels_second(module, out)
+                return out.clone()  # a ReLU behind it may work in place
+
+            return self.body.get_submodule(name).register_forward_hook(hook)
+
+        handles = [keep(name) for name in layers]
+        try:
+            return self(x), seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def channels_second(module: nn.Module, out: Tensor) -> Tensor:
+    """A module's output as (N, C, …); a linear layer has its channels last."""
+    return out.movedim(-1, 1) if isinstance(module, nn.Linear) else out
+
 
 def folded(body: nn.Module) -> nn.Module:
     """`body` (in evaluation mode) with every batch norm that directly follows a convolution folded
@@ -61,9 +86,9 @@ def folded(body: nn.Module) -> nn.Module:
             return body
 
 
-def bytes_per_image(frozen: Frozen, shape: tuple[int, int, int]) -> int:
-    """What a forward pass keeps in memory for the backward pass, per image."""
-    weights = {p.untyped_storage().data_ptr() for p in (*frozen.parameters(), *frozen.buffers())}
+def saved_bytes(run: Callable[[], object], besides: nn.Module) -> int:
+    """What the result of `run` keeps in memory for a backward pass, without a module's weights."""
+    weights = {p.untyped_storage().data_ptr() for p in (*besides.parameters(), *besides.buffers())}
     seen: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -72,8 +97,7 @@ def bytes_per_image(frozen: Frozen, shape: tuple[int, int, int]) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x = torch.full((2, *shape), 0.5, device=frozen.device, requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        kept = frozen(x)  # alive until here, so that no address is used twice
+        kept = run()  # alive until here, so that no address is used twice
     del kept
-    return sum(seen.values()) // 2 + 16 * x[0].numel()
+    return sum(seen.values())

@@ -1,0 +1,107 @@
+"""ABS: an inner neuron that moves all images to one class, and a trigger that raises it.
+
+Every inner neuron is set to high values; those that then move almost all images to one label are
+candidates. For the most promising, triggers are optimised that raise them; where such a trigger
+sends most clean images to the label (REASR), the model has a backdoor.
+
+Source: Liu et al. 2019, ABS (Artificial Brain Stimulation), CCS, and its published code: 20
+    candidates, of the first ten at most three per layer; triggers optimised on a third of the
+    images; those from 60 % there on are tried on all. Both of the paper's forms are searched: its
+    patches (pixel space) and its filters (feature space). Its bound for CIFAR-10 is 0.88, that of
+    the code 0.8.
+Departs: as in the trigger families `abs` and `abs_filter`. What is tried on all is tried on the
+    whole clean set, however many images triggers are optimised on. The bound was set on the
+    authors' models: calibrate it, or `pixels`, on clean models of your own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from arena.core.contracts import Images, Verdict
+from arena.core.inversion import scanning
+from arena.core.inversion.engine import Family, Found, Search, invert, stamped
+from arena.core.inversion.families import families
+from arena.core.inversion.frozen import Frozen
+from arena.core.inversion.neurons import Driver, analysed
+from arena.core.models import Classifier
+from arena.core.registry import method, param
+from arena.core.seeding import draw_seed
+from arena.core.training import check_clean, to_float
+
+_PROMISING = 0.6  # success on its own images from which a trigger is tried on all
+_NEVER = 2.0  # success asked for: none is enough, so that the last trigger counts, as in the code
+_BATCH = 500
+
+
+@method
+class ABS:
+    form: str = param(
+        "both", "triggers that are searched", choices=("patch", "filter", "both"), source="paper"
+    )
+    top: int = param(20, "neurons that triggers are searched for", low=1, source="code")
+    steps: int = param(1000, "passes over the images", low=1, source="code")
+    samples: int = param(90, "clean images used; triggers are optimised on a third", low=3)
+    seeds: int = param(
+        10, "images that neurons are stimulated on, at least one per class", low=1, source="code"
+    )
+    pixels: int = param(
+        64, "pixels of 32x32 that a patch may cover at no cost, scaled with the area", low=1,
+        source="code",
+    )  # fmt: skip
+    threshold: float = param(
+        0.88, "REASR above which a model has a backdoor", low=0, high=1, source="paper; code 0.8"
+    )
+
+    def scan(self, model: Classifier, clean: Images, rng: Generator) -> Verdict:
+        check_clean(clean, model)
+        classes = model.spec.classes
+        frozen, seed = Frozen(model), draw_seed(rng)
+        neurons = analysed(frozen, clean, seed, self.seeds)
+        problems = [neurons.problem(one) for one in neurons.candidates(self.top)]
+        best, per_class = Verdict(0.0), torch.full((classes,), torch.nan, dtype=torch.float64)
+        if not problems:
+            return best._replace(per_class=per_class)
+        fewest = int(torch.bincount(clean.y.cpu(), minlength=classes).min())
+        own = min(self.samples // 3, fewest * (classes - 1))
+        specs = {"patch": f"abs:pixels={self.pixels}", "filter": "abs_filter"}
+        for form in ("patch", "filter") if self.form == "both" else (self.form,):
+            family = families.build(specs[form])
+            changes = {"samples": own, "batch": own, "steps": self.steps, "asr": _NEVER}
+            search = Search(**{**vars(family.usual), **changes})
+            guide = Driver(neurons, problems, family.others)
+            found = invert(
+                frozen, family, problems, clean, search, seed=seed, what="scanning", guide=guide
+            )
+            for one in found:
+                target, score = one.problem.target, one.asr
+                if score >= _PROMISING:
+                    score = reasr(frozen, family, one, clean)
+                per_class[target] = torch.fmax(per_class[target], torch.tensor(score).double())
+                if score > best.score:
+                    best = Verdict(score)
+                    if score > self.threshold:
+                        best = Verdict(score, target, None, shown(family, one, clean))
+        return best._replace(per_class=per_class)
+
+
+@torch.no_grad()
+def reasr(model: Frozen, family: Family, found: Found, clean: Images) -> float:
+    """Share of the clean images of other classes that a trigger sends to its target."""
+    target = found.problem.target
+    rows = (clean.y != target).nonzero().flatten()
+    hits = 0
+    for few in rows.split(_BATCH):
+        x = to_float(clean.x[few.to(clean.x.device)].to(model.device))
+        hits += int((model(stamped(family, found.trigger, x)).argmax(1) == target).sum())
+    return hits / len(rows)
+
+
+def shown(family: Family, found: Found, clean: Images) -> Tensor:
+    """(C, H, W) in [0, 1]: a patch on a black image; a filter, which shows nothing there, on the
+    first clean image of another class."""
+    if "mask" in found.trigger:
+        return scanning.picture_of(family, found, clean.x.shape[1:])
+    row = int((clean.y != found.problem.target).nonzero()[0])
+    return stamped(family, found.trigger, to_float(clean.x[row : row + 1].cpu()))[0]
