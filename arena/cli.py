@@ -406,7 +406,7 @@ def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
 
     keys = {cell.key for cell in plan.cells}
     board = plan.board
-    records = [r for r in board_records(store, board.name) if r["key"] in keys]
+    records = [r for r in board_records(store, board.name, board.version) if r["key"] in keys]
     paths = _build(store, records, board.name, None)
     rows = [flatten(record) for record in records]
     if as_json:
@@ -472,9 +472,9 @@ def leaderboard_build(
             f"There is no board {board!r} in {str(opened.root)!r}; "
             f"{nearest(str(board), [b['name'] for b in opened.boards()])}."
         )
-    for found in boards:
-        name = found["name"]
-        folder = out / name if out and len(boards) > 1 else out
+    names = {found["name"]: None for found in boards}  # of all versions, in order
+    for name in names:
+        folder = out / name if out and len(names) > 1 else out
         for path in _build(opened, board_records(opened, name), name, folder):
             print(path)
 

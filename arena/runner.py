@@ -1058,14 +1058,22 @@ def _commit() -> str:
 # ------------------------------------------------------------------------------------ reading back
 
 
-def board_records(store: Store, name: str | None = None) -> list[dict[str, Any]]:
-    """The records of all boards in a store, or of one; each says its board. Raises BadInput."""
+def board_records(
+    store: Store, name: str | None = None, version: int | None = None
+) -> list[dict[str, Any]]:
+    """Records of a board, or of all boards, each as a row of its board: those of `version`, or of
+    the newest. Versions share cells, and two of them in one table would say everything twice.
+    Raises BadInput."""
     boards = store.boards()
     if name is not None:
         names = {board["name"] for board in boards}
         if name not in names:
             raise BadInput(f"There is no board {name!r} in this store; {nearest(name, names)}.")
         boards = [board for board in boards if board["name"] == name]
+    newest: dict[str, int] = {}
+    for board in boards:
+        newest[board["name"]] = max(board["version"], newest.get(board["name"], 0))
+    boards = [b for b in boards if b["version"] == (version or newest[b["name"]])]
     found = {record["key"]: record for record in store.records()}
     return [
         {

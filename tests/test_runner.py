@@ -629,3 +629,22 @@ def test_waiting_for_a_reading_ends_with_the_run(plan: Plan, store: Store) -> No
     assert "waiting for the pgd of the same weights" in told
     with runner._waited("reading", "cell", "pgd"), pytest.raises(TimeoutError):
         store.lock("reading").acquire(timeout=0)
+
+
+def test_of_a_board_s_versions_the_newest_stands_in_tables(tmp_path):
+    """Versions share cells: with both, every shared cell would be there twice."""
+    opened = Store(tmp_path / "store")
+    opened.create()
+    for key in ("a" * 64, "b" * 64):
+        opened.write_record({"key": key, "status": "ok"})
+    opened.write_board("demo", 1, {"name": "demo", "version": 1, "cells": ["a" * 64, "b" * 64]})
+    opened.write_board("demo", 2, {"name": "demo", "version": 2, "cells": ["a" * 64]})
+    opened.write_board("other", 1, {"name": "other", "version": 1, "cells": ["a" * 64]})
+
+    def rows(*which: Any) -> list[tuple[str, int, str]]:
+        found = board_records(opened, *which)
+        return [(r["board"]["name"], r["board"]["version"], r["key"][0]) for r in found]
+
+    assert rows("demo") == [("demo", 2, "a")]
+    assert rows("demo", 1) == [("demo", 1, "a"), ("demo", 1, "b")]
+    assert rows() == [("demo", 2, "a"), ("other", 1, "a")]
