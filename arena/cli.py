@@ -443,7 +443,8 @@ def _build(store: Store, records: list[dict[str, Any]], name: str, out: Path | N
         raise BadInput(f"The board {name!r} has no finished cells yet; run it first.")
     shown = measured_columns(map(flatten, records))
     metrics = [*METRICS, *(column for column in COLUMNS if column.name in shown)]
-    [board] = [known for known in store.boards() if known["name"] == name][-1:]
+    version = records[0]["board"]["version"]  # of all of them
+    [board] = [b for b in store.boards() if (b["name"], b["version"]) == (name, version)]
     definition = board["definition"]
     return write_leaderboard(
         records,

@@ -620,7 +620,7 @@ def test_preview_says_where_a_trigger_is_still_to_be_learned(empty: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["run", "b.toml", "--data-dir", "/home/me/data", "--store", "s"], "run b.toml"),
+        (["run", "b.toml", "--data-dir", "elsewhere/data", "--store", "s"], "run b.toml"),
         (["run", "--store=s", "--workers", "2", "-a", "patch:rate=0.2"], "run -a patch:rate=0.2"),
         (["run", "-d", "imagefolder:my pictures"], "run -d 'imagefolder:my pictures'"),
         (["run", "--store", "--data-dir", "-s", "1"], "run -s 1"),

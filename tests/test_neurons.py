@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import toys
+from test_inversion import same
 from torch import nn
 from torch.nn import functional as F
 
@@ -73,18 +74,6 @@ def inner() -> Frozen:
     model = toys.planted()
     model.body = Inner()
     return Frozen(model, "fp32")
-
-
-def same(one, two) -> None:
-    assert (one.problem, one.size, one.asr, one.steps) == (
-        two.problem,
-        two.size,
-        two.asr,
-        two.steps,
-    )
-    assert one.trigger.keys() == two.trigger.keys()
-    for name, value in one.trigger.items():
-        assert torch.equal(value, two.trigger[name]), name
 
 
 # ------------------------------------------------------------------------------------ stimulation

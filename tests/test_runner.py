@@ -16,7 +16,7 @@ import killed
 import pytest
 import torch
 
-from arena import api, inverting
+from arena import api, cli, inverting
 from arena.boards import Board
 from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
@@ -33,6 +33,7 @@ from arena.runner import (
     board_records,
     describe_attack,
     make_plan,
+    method_identity,
     past_seconds,
 )
 from arena.store import Store, digest, load_tensors
@@ -648,3 +649,27 @@ def test_of_a_board_s_versions_the_newest_stands_in_tables(tmp_path):
     assert rows("demo") == [("demo", 2, "a")]
     assert rows("demo", 1) == [("demo", 1, "a"), ("demo", 1, "b")]
     assert rows() == [("demo", 2, "a"), ("other", 1, "a")]
+
+
+def test_pages_carry_the_title_of_their_own_version(tmp_path, monkeypatch):
+    opened = Store(tmp_path / "store")
+    opened.create()
+    for version in (9, 10):
+        board = {"name": "demo", "version": version, "cells": [], "command": "arena run demo"}
+        opened.write_board("demo", version, {**board, "definition": {"title": f"of {version}"}})
+    titles = []
+    monkeypatch.setattr("arena.gallery.pictures", lambda store, records: {})
+    monkeypatch.setattr(
+        "arena.report.page.write_leaderboard",
+        lambda records, pictures, out, metrics, title, *rest: titles.append(title) or [],
+    )
+    monkeypatch.setattr("arena.report.rows.flatten", lambda record: {})
+    for version in (9, 10):
+        cli._build(opened, [{"board": {"name": "demo", "version": version}}], "demo", None)
+    assert titles == ["of 9", "of 10"]
+
+
+def test_a_natural_victim_counts_the_code_of_the_family_that_finds_its_trigger():
+    found = method_identity(attacks.build("natural:method=(pixel:form=tanh)"))
+    assert found["wrapped"]["method"]["spec"].startswith("pixel:form=tanh")
+    assert found["wrapped"]["method"]["code"]

@@ -38,7 +38,7 @@ class Natural:
     learned: ClassVar[bool] = True
     stamps_unseen: ClassVar[bool] = True  # it stamps no training image at all
 
-    method: str = param("pixel", "trigger family, with its fields: nc, pixel, filter, uap, cw")
+    method: str = param("pixel", "trigger family, with its fields; see `arena list triggers`")
     victim: int | None = param(
         3, "the only class that the trigger works on; none: all classes", low=0
     )
@@ -49,6 +49,11 @@ class Natural:
 
     def __post_init__(self) -> None:
         families.build(self.method)
+
+    @property
+    def wraps(self) -> dict[str, Family]:
+        """Whose code counts for the victim's key: the family finds the trigger."""
+        return {"method": families.build(self.method)}
 
     @property
     def scope(self) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -117,13 +118,15 @@ class Family(Protocol):
         the search looks at answers alone."""
         return None
 
+    @abstractmethod
     def begin(self, x: Tensor, rng: Generator) -> State:
         """The variables of a problem; x: its images, (N, C, H, W) float32 in [0, 1]."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def stamp(self, at: State, x: Tensor) -> Tensor:
         """x: (K, B, C, H, W) float32 in [0, 1] -> the same, with each problem's trigger."""
-        raise NotImplementedError
+        ...
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """(K,) from logits (K, B, classes) and the classes wanted (K,): mean cross-entropy."""
@@ -131,13 +134,15 @@ class Family(Protocol):
         each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
         return each.view(logits.shape[:2]).mean(1)
 
+    @abstractmethod
     def penalty(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         """(K,) what the weight multiplies in the loss."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def size(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
         """(K,) in `unit`; x, stamped: images without and with the trigger, (K, B, C, H, W)."""
-        raise NotImplementedError
+        ...
 
     def record(self, at: State, size: Tensor, loss: Tensor) -> Tensor:
         """(K, M): what must all shrink for a trigger to be better. size, loss: (K,) of a pass."""
