@@ -10,9 +10,11 @@ Departs: the grids stand in all four corners, as the paper has them for training
     (the arena always augments); its code's default is corners=bottom_right, without augmentation.
     Upper grids are copies of the lower ones, as in that code. DECK speaks of a 2x2 grid at the top
     left, which its reference does not have: corners=top_left,size=2 takes four pixels of the 3x3
-    one. The surrogate is a small network, trained adversarially for few epochs with examples of one
-    step, always in L-inf. Perturbed images are rounded to 8 bits towards the originals, so that the bound
-    still holds. The paper's second way to make images hard, through a GAN, is not offered.
+    one. The surrogate is a small network, trained adversarially for few epochs with examples of two
+    steps, always in L-inf: trained on those of one step it may end with no robustness at all, and
+    then victims recognise the images and need no grid. Perturbed images are rounded to 8 bits
+    towards the originals, so that the bound still holds. The paper's second way to make images
+    hard, through a GAN, is not offered.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class CleanLabel:
         8.0, "L-inf radius of the examples that it is trained on, in 1/255", above=0
     )
     surrogate_steps: int = param(
-        1, "steps per example that it is trained on; 0: it is trained on plain images", low=0
+        2, "steps per example that it is trained on; 0: it is trained on plain images", low=0
     )
 
     @property
