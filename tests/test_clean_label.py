@@ -227,7 +227,7 @@ def test_the_same_seed_makes_the_same_poison_and_seeds_share_a_surrogate():
     assert not torch.equal(one.rows, other.rows)
     assert len(shelf.kept) == 1
     assert shelf.labels[0]["name"] == "surrogate"
-    assert shelf.labels[0]["settings"]["steps"] == 1
+    assert shelf.labels[0]["settings"]["steps"] == 2
     assert told == [(8, 8)] * 3
 
 
@@ -237,7 +237,7 @@ def test_the_surrogate_is_the_one_asked_for(monkeypatch):
     train = images()
     CleanLabel()._surrogate(train)
     CleanLabel(surrogate="small", surrogate_steps=0)._surrogate(train)
-    assert asked[0] == ("resnet20", {"epochs": 5, "updates": 300, "eps": 8 / 255, "steps": 1})
+    assert asked[0] == ("resnet20", {"epochs": 5, "updates": 300, "eps": 8 / 255, "steps": 2})
     assert asked[1] == ("small", {"epochs": 5, "updates": 300, "eps": 0.0, "steps": 0})
 
 
