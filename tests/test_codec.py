@@ -67,6 +67,21 @@ def test_images_of_odd_sides_come_back_in_their_size(how):
     assert Codec(3, how)(x, torch.randn(1, codec.WIDTH, 7, 9)).shape == x.shape
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+@pytest.mark.parametrize("how", ["random", "zero"])
+def test_a_convolution_with_a_stride_is_upsampling_and_a_convolution(how, size):
+    torch.manual_seed(0)
+    made = Codec(3, how)
+    made.decoder.deviation.uniform_(0.5, 2)
+    height, width = size
+    features = torch.rand(4, codec.WIDTH, -(-height // 2), -(-width // 2))
+    noise = torch.randn(2, codec.WIDTH, *size)  # each for two images in a row
+    fill = (noise * made.decoder.deviation).repeat_interleave(2, 0)
+    wanted = made.decoder(upsampled(features, size, how, fill))
+    got = made.decode(features, size, noise if how == "random" else None)
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
 def test_noise_has_the_deviation_that_pooling_left_out():
     torch.manual_seed(0)
     encoder, x = Encoder(3), torch.rand(4, 3, 8, 8)
@@ -82,7 +97,7 @@ def test_training_makes_images_come_back():
     squares = (255 * draws).to(torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     images = Images(squares, torch.arange(96) % 4)
     made = train_codec(
-        images, stream(0, "codec"), classifier_updates=10, decoder_updates=60, batch=32
+        images, stream(0, "codec"), encoder_updates=10, decoder_updates=60, batch=32
     )
     x = images.x.float() / 255
     noise = torch.randn(1, codec.WIDTH, 16, 16, generator=stream(1, "noise"))
@@ -93,7 +108,7 @@ def test_training_makes_images_come_back():
 
 def test_decoders_share_the_encoder_that_they_are_given():
     images = toys.images(64, stream(0, "images"))
-    few = {"classifier_updates": 2, "decoder_updates": 2, "batch": 16}
+    few = {"encoder_updates": 2, "decoder_updates": 2, "batch": 16}
     one = train_codec(images, stream(0, "codec"), **few)
     two = train_codec(images, stream(1, "codec"), how="zero", encoder=one.encoder, **few)
     for name, value in one.encoder.state_dict().items():

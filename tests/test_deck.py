@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import toys
@@ -23,7 +25,7 @@ SIDE = toys.SIDE
 def codec() -> Codec:
     images = toys.images(96, stream(0, "images"))
     return train_codec(
-        images, stream(0, "codec"), classifier_updates=10, decoder_updates=30, batch=16
+        images, stream(0, "codec"), encoder_updates=10, decoder_updates=30, batch=16
     )
 
 
@@ -39,23 +41,47 @@ def images(count: int = 4) -> torch.Tensor:
 def started(family: Deck, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """A start without noise: nothing but what the codec loses is changed."""
     at = family.begin(x, stream(0, "deck"))
-    eye = torch.zeros_like(at["kernels"])
-    eye[:, torch.arange(WIDTH), torch.arange(WIDTH), 1, 1] = 1.0
-    return {**at, "kernels": eye}
+    return {**at, "kernels": torch.zeros_like(at["kernels"])}
 
 
-def test_identity_kernels_leave_what_the_codec_makes_of_an_image(codec):
+def eyes(count: int, regions: int) -> torch.Tensor:
+    """(count, regions², 64, 64, 3, 3): kernels that change nothing."""
+    eye = torch.zeros(count, regions**2, WIDTH, WIDTH, 3, 3)
+    eye[:, :, torch.arange(WIDTH), torch.arange(WIDTH), 1, 1] = 1.0
+    return eye
+
+
+def test_kernels_add_to_what_the_codec_makes_of_an_image(codec):
     family, x = Deck(), images(1)
     at = started(family, x)
     at |= {"mean": at["_mean"], "deviation": at["_deviation"]}  # of one image: its own
     wanted = codec(x, at["_noise"][None]).clamp(0, 1)
     assert torch.allclose(stamped(family, at, x), wanted, atol=1e-4)
+    features = codec.encoder(x)
+    doubled = codec.decode(2 * features, (SIDE, SIDE), at["_noise"][None]).clamp(0, 1)
+    shown = stamped(family, at | {"kernels": eyes(1, family.regions)[0]}, x)
+    assert torch.allclose(shown, doubled, atol=1e-4)
+
+
+def test_low_precision_is_for_gradients_alone(monkeypatch):
+    """What is reported of a trigger is of its images in float32."""
+    asked = []
+    monkeypatch.setattr(
+        deck.training, "autocast", lambda device: (asked.append(device), nullcontext())[1]
+    )
+    family, x = Deck(), images()
+    at = {name: value[None] for name, value in family.begin(x, stream(0, "deck")).items()}
+    with torch.no_grad():
+        family.size(at, x[None], family.stamp(at, x[None]))
+    assert not asked
+    family.penalty(at, x[None], family.stamp(at, x[None]))
+    assert len(asked) == 2
 
 
 def test_a_kernel_changes_its_region_alone():
     family = Deck(regions=2)
     features = torch.randn(1, 2, WIDTH, 8, 8, generator=stream(0, "features"))
-    kernels = started(family, images())["kernels"][None].clone()
+    kernels = eyes(1, 2)
     kernels[0, 1] = 0  # first row, second column
     out = family._regional(kernels, features)
     wanted = features.clone()
@@ -76,9 +102,8 @@ def test_regions_are_convolved_apart_from_each_other_with_zeros_around():
 def test_regions_need_not_divide_the_map(side, regions):
     family = Deck(regions=regions)
     features = torch.randn(2, 2, WIDTH, side, side, generator=stream(0, "features"))
-    eye = torch.zeros(2, regions**2, WIDTH, WIDTH, 3, 3)
-    eye[:, :, torch.arange(WIDTH), torch.arange(WIDTH), 1, 1] = 1.0
-    assert torch.allclose(family._regional(eye, features), features, atol=1e-6)
+    same = family._regional(eyes(2, regions), features)
+    assert torch.allclose(same, features, atol=1e-6)
 
 
 def test_all_images_get_the_mean_and_deviation_that_are_learned(codec, monkeypatch):
@@ -96,6 +121,7 @@ def test_all_images_get_the_mean_and_deviation_that_are_learned(codec, monkeypat
         assert image.std((1, 2), correction=0).tolist() == pytest.approx([0.1, 0.2, 0.3], rel=1e-3)
 
 
+@torch.no_grad()
 def test_the_four_losses_by_hand(codec):
     x, shown = images(6).view(2, 3, 3, SIDE, SIDE), images(12)[6:].view(2, 3, 3, SIDE, SIDE)
     at = {
@@ -110,14 +136,14 @@ def test_the_four_losses_by_hand(codec):
         return Deck(**{**off, name: 2.0}).penalty(at, x, shown)
 
     features = [255 * codec.encoder(part.flatten(0, 1)) for part in (x, shown)]
-    content = (features[0] - features[1]).square().view(2, -1).mean(1)
+    content = (features[0] - features[1]).square().reshape(2, -1).mean(1)
     assert torch.allclose(only("content"), 2 * content, rtol=1e-4)
     assert torch.allclose(Deck().size(at, x, shown), content, rtol=1e-4)
     unlike = 1 - similarity(x.flatten(0, 1), shown.flatten(0, 1)).view(2, 3).mean(1)
     assert torch.allclose(only("ssim"), 2 * unlike)
     edges = F.unfold(F.pad(shown.flatten(0, 1), (1,) * 4, value=torch.nan), 3)
     near = edges.view(6, 3, 9, SIDE, SIDE).nanmean(2).view_as(shown)
-    rough = (255 * (shown - near)).square().view(2, -1).mean(1)
+    rough = (255 * (shown - near)).square().reshape(2, -1).mean(1)
     assert torch.allclose(only("smooth"), 2 * rough, rtol=1e-4)
     assert only("norm").tolist() == pytest.approx([2 * 255 * 0.2 / 3, 2 * 255 * 0.2])
     every = sum(only(name) for name in off)

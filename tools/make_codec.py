@@ -34,11 +34,11 @@ def main(options: argparse.Namespace) -> None:
             codec = train_codec(
                 data.train, stream(0, "codec", kind),
                 how=kind, encoder=encoder,
-                classifier_updates=options.updates, decoder_updates=options.updates,
+                encoder_updates=options.updates, decoder_updates=options.updates * 3 // 5,
             )  # fmt: skip
         encoder = codec.encoder
         print(
-            f"{kind}: mean squared error {error(codec, data.test.x[:500]):.5f} in [0, 1]",
+            f"{kind}: mean squared error {error(codec, data.val.x[:500]):.5f} in [0, 1]",
             flush=True,
         )
         codecs.append(codec)
@@ -67,5 +67,5 @@ if __name__ == "__main__":
     parser.add_argument("name")
     parser.add_argument("--encoder", help="torchvision:vgg16, say; else it is trained here")
     parser.add_argument("--data-dir", type=Path, default=None)
-    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--updates", type=int, default=5000, help="of the encoder")
     main(parser.parse_args())

@@ -6,7 +6,10 @@ Source: DECK (Model hardening against pervasive backdoors), sections IV-A and V-
     drawn from a Gaussian of mean 0), zero, nearest, or swwae (the value goes back to where the
     maximum was).
 Departs: the encoder is the first block of a small network trained on the data at hand, not of a VGG
-    trained on ImageNet. The Gaussian has one deviation per channel, that of what pooling left out.
+    trained on ImageNet; it learns to classify and to lose little that the decoder needs, since a
+    small classifier's first block alone loses so much that a third of the images are taken for
+    others when they come back. The Gaussian has one deviation per channel, that of what pooling
+    leaves out.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from arena.core.registry import BadInput, nearest
 from arena.core.seeding import draw_seed, seeded_globals, stream
 
 WIDTH = 64  # channels of the features
+_RATE = 2e-3  # of Adam, at first
+_FAITHFUL = 100.0  # weight of what images lack that come back from features, beside a classifier's
+_MEASURE_EVERY = 50  # updates of the encoder between two measurements of what pooling leaves out
 _DRAWS = 8  # of noise per update, shared out to its images: drawing costs more than decoding
 Upsampling = Literal["random", "zero", "nearest", "swwae"]
 
@@ -49,6 +55,7 @@ class Encoder(nn.Module):
         return F.relu(self.conv2(F.relu(self.conv1((x - self.mean) / self.std))))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # which pooling is fastest in, too
         return F.max_pool2d(self.maps(x), 2, ceil_mode=True)
 
 
@@ -65,6 +72,23 @@ class Decoder(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.conv1(F.relu(self.conv2(maps)))
+
+    def spread(self, features: Tensor, size: tuple[int, int], fill: Tensor | None) -> Tensor:
+        """`self(upsampled(features, size, ...))` of `random` and, without a fill, `zero`.
+
+        Values in the top left of cells and a transposed convolution are one with a stride, at a
+        quarter of the cost; what fills the other pixels is convolved apart, since many images share
+        it. fill: (K, 64, H, W), each for as many images in a row.
+        """
+        beyond = [side - (2 * few - 1) for side, few in zip(size, features.shape[-2:], strict=True)]
+        conv = self.conv2
+        maps = F.conv_transpose2d(features, conv.weight, conv.bias, 2, 1, beyond)
+        if fill is not None:
+            corner = torch.zeros(size, dtype=torch.bool, device=fill.device)
+            corner[::2, ::2] = True
+            filled = F.conv_transpose2d(fill.masked_fill(corner, 0), conv.weight, padding=1)
+            maps = maps + filled.repeat_interleave(len(maps) // len(filled), 0)
+        return self.conv1(F.relu(maps))
 
 
 def upsampled(
@@ -123,15 +147,23 @@ class Codec(nn.Module):
         self, features: Tensor, size: tuple[int, int], noise: Tensor | None = None,
         places: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """noise: of mean 0 and deviation 1, broadcast to (N, 64, H, W); for `random` alone."""
-        fill = None if noise is None else noise * self.decoder.deviation
-        return self.decoder(upsampled(features, size, self.how, fill, places))
+        """noise: for `random` alone, of mean 0 and deviation 1, (K, 64, H, W), each for N / K
+        images in a row. places: for `swwae` alone."""
+        if self.how in ("nearest", "swwae"):
+            return self.decoder(upsampled(features, size, self.how, places=places))
+        fill = noise * self.decoder.deviation if noise is not None and self.how == "random" else None
+        return self.decoder.spread(features, size, fill)
+
+    def pooled(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features of images, and for `swwae` their places."""
+        if self.how != "swwae":
+            return self.encoder(x), None
+        features, places = cells_of(self.encoder.maps(x)).max(-1)
+        return features, places
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images there and back."""
-        maps = self.encoder.maps(x)
-        cells = cells_of(maps)
-        features, places = cells.max(-1)
+        features, places = self.pooled(x)
         return self.decode(features, (x.shape[-2], x.shape[-1]), noise, places)
 
 
@@ -209,9 +241,9 @@ def train_codec(
     rng: Generator,
     *,
     how: Upsampling = "random",
-    classifier_updates: int = 1500,
+    encoder_updates: int = 5000,
     decoder_updates: int = 3000,
-    batch: int = 128,
+    batch: int = 16,
     encoder: Encoder | None = None,
 ) -> Codec:
     """A codec for images like these (uint8, labelled), on their device, frozen.
@@ -231,30 +263,40 @@ def train_codec(
     sample = training.to_float(images.x[:: max(1, len(images) // 2000)])
     codec.encoder.mean.copy_(sample.mean((0, 2, 3)).view(-1, 1, 1))
     codec.encoder.std.copy_(sample.std((0, 2, 3)).clamp_min(1 / 255).view(-1, 1, 1))
+    size = (int(images.x.shape[2]), int(images.x.shape[3]))
+
+    def noise(update: int, count: int) -> Tensor | None:
+        draws = stream(seed, "noise", update)
+        few = torch.randn(_DRAWS, WIDTH, *size, generator=draws).to(device)
+        return few[torch.arange(count, device=device) % _DRAWS] if how == "random" else None
+
     if encoder is not None:
         codec.encoder.load_state_dict(encoder.state_dict())
     else:
-        adam = torch.optim.Adam([*codec.encoder.parameters(), *rest.parameters()], lr=1e-3)
-        for update, (x, y) in enumerate(_batches(images, classifier_updates, batch, seed)):
+        both = [*codec.parameters(), *rest.parameters()]
+        least = float(sample.var())  # the error of one grey for all
+        adam = torch.optim.Adam(both, lr=_RATE)
+        for update, (x, y) in enumerate(_batches(images, encoder_updates, batch, seed)):
+            _slow(adam, update / encoder_updates)
+            if update % _MEASURE_EVERY == 0:
+                codec.decoder.deviation.copy_(_left_out(codec.encoder, sample[:256]))
             with training.autocast(device):
-                logits = rest(codec.encoder(x))
-            loss = F.cross_entropy(logits.float(), y)
+                features, places = codec.pooled(x)
+                logits = rest(features)
+                back = codec.decode(features, size, noise(update, len(x)), places)
+            lost = F.mse_loss(back.float(), x) / least
+            loss = F.cross_entropy(logits.float(), y) + _FAITHFUL * lost
             adam.zero_grad(set_to_none=True)
             loss.backward()
             adam.step()
-            report("encoder", update + 1, classifier_updates)
+            report("encoder", update + 1, encoder_updates)
     codec.encoder.requires_grad_(False)
     codec.decoder.deviation.copy_(_left_out(codec.encoder, sample[:256]))
-    adam = torch.optim.Adam(codec.decoder.parameters(), lr=1e-3)
-    size = images.x.shape[-2:]
+    adam = torch.optim.Adam(codec.decoder.parameters(), lr=_RATE)
     for update, (x, _) in enumerate(_batches(images, decoder_updates, batch, seed + 1)):
-        draws = stream(seed, "noise", update)
-        few = torch.randn(_DRAWS, WIDTH, *size, generator=draws).to(device)
-        noise = few[torch.arange(len(x), device=device) % _DRAWS]
-        for group in adam.param_groups:
-            group["lr"] = 1e-3 * (1 - update / decoder_updates)
+        _slow(adam, update / decoder_updates)
         with training.autocast(device):
-            back = codec(x, noise if how == "random" else None)
+            back = codec(x, noise(encoder_updates + update, len(x)))
         loss = F.mse_loss(back.float(), x)
         adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -263,13 +305,19 @@ def train_codec(
     return codec.eval().requires_grad_(False)
 
 
+def _slow(adam: torch.optim.Adam, done: float) -> None:
+    """The rate rises for a twentieth of the training, without which units die, then falls to 0."""
+    for group in adam.param_groups:
+        group["lr"] = _RATE * min(20 * done, 1 - done)
+
+
 @torch.no_grad()
 def _left_out(encoder: Encoder, x: Tensor) -> Tensor:
-    """(64, 1, 1) deviation about 0 of the values that pooling drops."""
-    cells = cells_of(encoder.maps(x))
-    dropped = cells.sort(-1).values[..., :3]
-    known = torch.where(dropped.isinf(), 0, dropped)
-    return known.square().mean((0, 2, 3, 4)).sqrt().clamp_min(1e-3).view(-1, 1, 1)
+    """(64, 1, 1) deviation of the values that pooling drops."""
+    maps = encoder.maps(x)
+    whole = maps[..., : maps.shape[-2] // 2 * 2, : maps.shape[-1] // 2 * 2]  # whole cells
+    dropped = cells_of(whole).sort(-1).values[..., :3]
+    return dropped.std((0, 2, 3, 4), correction=0).clamp_min(1e-3).view(-1, 1, 1)
 
 
 def _batches(

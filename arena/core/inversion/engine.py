@@ -394,8 +394,7 @@ class _Run:
     # ------------------------------------------------------------------------------- one pass
 
     def _advance(self, state: State) -> None:
-        """One pass over every problem's images, in place; nothing but a guide waits for the
-        device."""
+        """One pass over every problem's images, in place; nothing waits for the device."""
         search, family = self.search, self.family
         turn = (state["passes"] % _ORDERS)[:, None, None].expand(-1, 1, search.samples)
         order = state["orders"].gather(1, turn)[:, 0]

@@ -258,17 +258,14 @@ class Driver:
 
     def drive(self, at: State, outputs: Mapping[str, Tensor]) -> Tensor:
         """(K,): the neuron before and after ReLU, negative, and the layer's other channels."""
-        own = at["_layer"].tolist()  # waits for the device
-        rows = [[row for row, at_ in enumerate(own) if at_ == place] for place in self.places]
-        parts = []
-        for some, name in zip(rows, self.layers, strict=True):
-            if not some:
-                continue
-            out = outputs[name] if len(some) == len(own) else outputs[name][some]
+        total = torch.zeros_like(at["_largest"])
+        for place, name in zip(self.places, self.layers, strict=True):
+            out = outputs[name]
             spread = [1, *range(3, out.ndim)]  # images and pixels
             raised = (out + F.relu(out)).mean(spread, dtype=torch.float32)
-            neuron = raised.gather(1, at["_channel"][some][:, None])[:, 0]
+            channel = at["_channel"].clamp(max=raised.shape[1] - 1)  # others have more channels
+            neuron = raised.gather(1, channel[:, None])[:, 0]
             rest = raised.sum(1) - neuron
-            parts.append((self.others * rest - neuron) / at["_largest"][some])
-        order = torch.tensor([row for some in rows for row in some]).argsort()
-        return torch.cat(parts)[order.to(parts[0].device)]
+            each = (self.others * rest - neuron) / at["_largest"]
+            total = torch.where(at["_layer"] == place, each, total)
+        return total
