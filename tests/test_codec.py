@@ -96,9 +96,7 @@ def test_training_makes_images_come_back():
     draws = torch.rand(96, 3, 4, 4, generator=stream(0, "squares"))
     squares = (255 * draws).to(torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     images = Images(squares, torch.arange(96) % 4)
-    made = train_codec(
-        images, stream(0, "codec"), encoder_updates=10, decoder_updates=60, batch=32
-    )
+    made = train_codec(images, stream(0, "codec"), encoder_updates=10, decoder_updates=60, batch=32)
     x = images.x.float() / 255
     noise = torch.randn(1, codec.WIDTH, 16, 16, generator=stream(1, "noise"))
     error = float((made(x, noise) - x).square().mean())

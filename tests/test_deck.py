@@ -24,9 +24,7 @@ SIDE = toys.SIDE
 @pytest.fixture(scope="module")
 def codec() -> Codec:
     images = toys.images(96, stream(0, "images"))
-    return train_codec(
-        images, stream(0, "codec"), encoder_updates=10, decoder_updates=30, batch=16
-    )
+    return train_codec(images, stream(0, "codec"), encoder_updates=10, decoder_updates=30, batch=16)
 
 
 @pytest.fixture(autouse=True)

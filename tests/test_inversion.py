@@ -285,6 +285,25 @@ def test_the_size_may_wait_for_the_first_successes(frozen, images):
     assert seen == [0, 0, 0.01, 0.01, 0.01, 0.015, 0.015]
 
 
+class Dull(NC):
+    """Its size is how bright the images are, in 1/255: no trigger is smaller than another."""
+
+    sized_by_images = True
+
+    def size(self, at, x, stamped):
+        return (255 * x).round().flatten(1).sum(1)
+
+
+def test_a_size_that_differs_between_images_is_that_of_all_of_them(frozen, images):
+    run, state = run_of(frozen, images, replace(QUICK, asr=0.0))
+    run.family = Dull()
+    for _ in range(5):
+        run._advance(state)
+    assert int(state["turns"]) == 1, "a trigger won by the images of its last update"
+    x = (images.x[run.rows[0]].double()).sum()
+    assert float(state["record"]) == pytest.approx(float(x) / run.parts)
+
+
 def test_updates_are_those_of_adam(frozen, images):
     run, state = run_of(frozen, images, replace(QUICK, lr=0.03), [Problem(1, 0), Problem(2, 0)])
     weight = nn.Parameter(state["free.mask"][1].clone())

@@ -33,6 +33,7 @@ _WINDOW = 11  # of the similarity, where images are as large
 @method
 class ABSFilter(Family):
     unit: ClassVar[str] = "lack of SSIM"
+    sized_by_images: ClassVar[bool] = True
 
     window: float = param(
         0.375, "side of the windows, as a share of the image's", above=0, high=1, source="code"

@@ -6,13 +6,14 @@ image of them. What is generated stays like the original by four losses.
 
 Source: DECK (Model hardening against pervasive backdoors), section IV-B, equations 1, 2 and 7 to
     11; 300 passes; size: mean squared error between the features of original and generated images.
-Departs: regions (2 x 2) and kernels (3 px) are not published; nor the scale of pixels: losses are
-    those of images in 0 to 255, for which the published weights bring the terms to one size. The
-    SSIM loss is 1 - SSIM: as printed it would be maximised. The noise of the decoder's upsampling
-    is drawn once per trigger, so that a trigger is a pure map. Start: identity kernels and the
-    images' own statistics, with a little noise; kernels are kept as what they add to the identity,
-    which bf16 would round away beside a one. Found in bf16 where the hardware has it; sizes and
-    success are those in float32.
+Departs: regions (2 x 2) and kernels (3 px) are not published; nor are the learning rate and the
+    losses' first weight, which are those with the smallest triggers on a clean network; nor the
+    scale of pixels: losses are those of images in 0 to 255, for which the published weights bring
+    the terms to one size. The SSIM loss is 1 - SSIM: as printed it would be maximised. The noise of
+    the decoder's upsampling is drawn once per trigger, so that a trigger is a pure map. Start:
+    identity kernels and the images' own statistics, with a little noise; kernels are kept as what
+    they add to the identity, which bf16 would round away beside a one. Found in bf16 where the
+    hardware has it; sizes and success are those in float32.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _NOISE = 1e-3  # of the start: ten times as much takes accuracy to 40 % before a
 @method
 class Deck(Family):
     unit: ClassVar[str] = "feature MSE"
+    sized_by_images: ClassVar[bool] = True
 
     encoder: str = param(
         "cifar10", "whose features: cifar10 is shipped, trained on CIFAR-10", choices=("cifar10",)
@@ -70,7 +72,7 @@ class Deck(Family):
 
     @property
     def usual(self) -> Search:
-        return Search(steps=300, cost=1e-2, lr=0.01)
+        return Search(steps=300, cost=1.0, lr=3e-4)
 
     @cached_property
     def codec(self) -> Codec:

@@ -151,8 +151,9 @@ class Codec(nn.Module):
         images in a row. places: for `swwae` alone."""
         if self.how in ("nearest", "swwae"):
             return self.decoder(upsampled(features, size, self.how, places=places))
-        fill = noise * self.decoder.deviation if noise is not None and self.how == "random" else None
-        return self.decoder.spread(features, size, fill)
+        if noise is None or self.how == "zero":
+            return self.decoder.spread(features, size, None)
+        return self.decoder.spread(features, size, noise * self.decoder.deviation)
 
     def pooled(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features of images, and for `swwae` their places."""

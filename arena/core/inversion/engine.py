@@ -99,6 +99,7 @@ class Family(Protocol):
 
     unit: ClassVar[str]  # of sizes, as reported
     nudges: ClassVar[bool] = False  # `nudged` uses noise
+    sized_by_images: ClassVar[bool] = False  # a trigger's size differs from image to image
     also: ClassVar[tuple[str, float] | None] = None  # another unit in print, and its factor
 
     @property
@@ -400,6 +401,7 @@ class _Run:
         order = state["orders"].gather(1, turn)[:, 0]
         rows = state["rows"].gather(1, order)
         hits, losses = torch.zeros_like(state["passes"]), torch.zeros_like(state["cost"])
+        sizes = []  # of every part, where they differ: else triggers on dull images would win
         for chosen in rows.tensor_split(self.parts, 1):
             x = self._images(chosen)
             with torch.enable_grad():
@@ -411,11 +413,18 @@ class _Run:
             hits += (logits.detach().argmax(2) == state["target"][:, None]).sum(1)
             losses += loss.detach()
             last = {name: value.detach() for name, value in leaves.items()}
+            if family.sized_by_images:
+                with torch.no_grad():
+                    sizes.append(family.size(last | _named(state, "fixed"), x, shown))
             slopes = dict(zip(leaves, found, strict=True))
             self._update(state, last, slopes)
         success = hits >= search.asr * search.samples - 1e-6
         with torch.no_grad():
-            size = family.size(last | _named(state, "fixed"), x, shown)
+            size = (
+                torch.stack(sizes).mean(0)
+                if sizes
+                else family.size(last | _named(state, "fixed"), x, shown)
+            )
         self._judge(state, last, success, size, losses / self.parts)
         at = family.thinned(_named(state, "free") | _named(state, "fixed"), slopes, success)
         state |= {f"free.{name}": at[name] for name in last}
