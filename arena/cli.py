@@ -74,6 +74,13 @@ SamplesOption = Annotated[int, typer.Option(help="Images per search.")]
 StepsOption = Annotated[
     int | None, typer.Option(help="Passes over them; else as in the method's paper.")
 ]
+StallOption = Annotated[
+    int | None,
+    typer.Option(
+        help="A search ends after so many passes without a trigger smaller by 1 %: faster, for "
+        "triggers that may be a little larger."
+    ),
+]
 AsrOption = Annotated[float | None, typer.Option(help="Success that is asked for, 0 to 1.")]
 SplitOption = Annotated[str, typer.Option(help="Images of val or test.")]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", help="A seed.")]
@@ -624,6 +631,7 @@ def distance(
     restarts: RestartsOption = 3,
     samples: SamplesOption = 100,
     steps: StepsOption = None,
+    stall: StallOption = None,
     asr: AsrOption = None,
     baseline: Annotated[
         str | None, typer.Option(help="Another cell, to give the improvement over.")
@@ -645,7 +653,7 @@ def distance(
     from arena.gallery import heat_map
     from arena.store import write_atomically
 
-    question = inverting.Question(method, restarts, samples, steps, asr, seed, split)
+    question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
     opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
     other = None
     if baseline is not None:
@@ -686,6 +694,7 @@ def invert(
     restarts: RestartsOption = 3,
     samples: SamplesOption = 100,
     steps: StepsOption = None,
+    stall: StallOption = None,
     asr: AsrOption = None,
     prune_to: Annotated[
         list[int] | None, typer.Option(help="Also what is left of it at so many pixels.")
@@ -709,7 +718,7 @@ def invert(
     from arena.gallery import figure
     from arena.store import save_tensors, write_atomically
 
-    question = inverting.Question(method, restarts, samples, steps, asr, seed, split)
+    question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
     opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
     with _status("inverting a trigger", quiet=as_json):
         if encoder is not None:

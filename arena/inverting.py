@@ -43,9 +43,10 @@ class Question:
     asr: float | None = None  # success asked for; None: the family's
     seed: int = 0
     split: str = "val"  # where the images come from
+    stall: int | None = None  # passes without a smaller trigger that end a search; None: the steps
 
     def __post_init__(self) -> None:
-        for name, least in (("restarts", 1), ("samples", 1), ("steps", 1)):
+        for name, least in (("restarts", 1), ("samples", 1), ("steps", 1), ("stall", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise BadInput(f"--{name} must be at least {least}, got {value}.")
         if self.asr is not None and not 0 < self.asr <= 1:
@@ -66,6 +67,7 @@ class Question:
             samples=self.samples,
             steps=usual.steps if self.steps is None else self.steps,
             asr=usual.asr if self.asr is None else self.asr,
+            stall=self.stall,
         )
 
 
@@ -205,6 +207,7 @@ def class_distances(
         "samples": question.samples,
         "split": question.split,
         "steps": question.search.steps,
+        "stall": question.stall,
         "asked_asr": question.search.asr,
         "seed": question.seed,
         "seconds": seconds,

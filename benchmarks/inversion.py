@@ -3,11 +3,12 @@
 The loop is the obvious one: a pair at a time, batches of 32, 32, 32 and 4 of 100 images, the model
 in evaluation mode as it is (float32, its weights collecting gradients), torch's Adam, the weight on
 the mask raised and lowered, each improvement nudged. The engine gets the same pairs, images and
-number of passes. Speed alone says nothing: sizes and success on the same images stand beside it,
-both triggers tried in float32.
+number of passes; with --stall its searches end once they find nothing smaller, as `arena distance`
+has it. Speed alone says nothing: sizes and success on the same images stand beside it, both
+triggers tried in float32.
 
     python benchmarks/inversion.py CHECKPOINT MODEL DATASET [--data-dir DIR] [--pairs sample:4]
-        [--steps 300] [--restarts 1] [--device cpu]
+        [--steps 300] [--stall 100] [--restarts 1] [--device cpu]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -105,7 +107,8 @@ def main(options: argparse.Namespace) -> None:
     print(f"{len(problems)} problems, {search.steps} passes over {search.samples} images\n")
 
     start = timed(options.device)
-    ours = invert(Frozen(model), families.build("nc"), problems, images, search)
+    sooner = replace(search, stall=options.stall)
+    ours = invert(Frozen(model), families.build("nc"), problems, images, sooner)
     engine = timed(options.device) - start
     start = timed(options.device)
     theirs = [by_hand(model, problem, images, search) for problem in problems]
@@ -121,7 +124,9 @@ def main(options: argparse.Namespace) -> None:
         (one.size, two.size) for one, two in zip(ours, theirs, strict=True) if one.size and two.size
     ]
     ratios = torch.tensor([one / two for one, two in both], dtype=torch.float64)
-    print(f"\nengine {engine:.1f} s, loop {loop:.1f} s: {loop / engine:.2f} times as fast")
+    made = sum(one.steps for one in ours) / len(ours)
+    print(f"\npasses per problem: engine {made:.0f} (stall {options.stall}), loop {search.steps}")
+    print(f"engine {engine:.1f} s, loop {loop:.1f} s: {loop / engine:.2f} times as fast")
     if len(ratios):
         middle, mean = float(ratios.median()), float(ratios.mean())
         print(f"size, engine over loop: median {middle:.3f}, mean {mean:.3f}")
@@ -138,6 +143,7 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--pairs", default="sample:4")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--stall", type=int, default=None)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--device", default="cpu")

@@ -210,6 +210,7 @@ def test_a_network_s_encoder_gets_a_decoder_for_the_data_once(store, cells, monk
         (("CELL", "--pairs", "2:2"), "are one class"),
         (("CELL", "--samples", 9999), "images, but 9999 are asked for"),
         (("CELL", "--samples", 0), "--samples must be at least 1"),
+        (("CELL", "--stall", 0), "--stall must be at least 1"),
         (("CELL", "--asr", 0), "--asr must be above 0"),
         (("CELL", "--split", "train"), "--split must be val or test"),
         (("CELL", "--memory", 0.00001), "One problem needs about"),
@@ -233,6 +234,16 @@ def test_a_question_knows_its_family_s_settings():
     assert Question("filter", steps=7).search.steps == 7
     assert Question("nc", asr=0.5).search.asr == 0.5
     assert Question("nc").search.asr == 0.9
+    assert Question("nc", stall=50).search.stall == 50
+
+
+def test_a_search_that_stalls_ends_early(store, cells):
+    words = ("distance", cells["patch"], "--store", store, "--samples", 5, "--steps", 400)
+    words += ("--restarts", 1, "--pairs", "0:1", "--asr", 0.01, "--device", "cpu", "--json")
+    whole, short = (json.loads(arena(*words, *more).out) for more in ((), ("--stall", 5)))
+    assert (whole["stall"], short["stall"]) == (None, 5)
+    assert short["seconds"] < whole["seconds"]
+    assert short["distances"][0][1] >= whole["distances"][0][1]
 
 
 # ---------------------------------------------------------------------------------- arena invert
