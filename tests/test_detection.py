@@ -164,22 +164,31 @@ def test_spectral_scores_are_squares_along_the_first_direction(monkeypatch):
     expected = (found - found.mean(0)) @ torch.linalg.svd(found - found.mean(0)).Vh[0]
 
     monkeypatch.setattr(spectral, "flat_features", lambda model, x, level: found)
-    scores = spectral.Spectral().score(None, torch.zeros(4), None, stream(0))
+    scores = spectral.Spectral(form="paper").score(None, torch.zeros(4), None, stream(0))
     assert torch.allclose(scores, expected.square().float(), atol=1e-5)
     scores = spectral.Spectral(form="released").score(None, torch.zeros(4), None, stream(0))
     direction = torch.linalg.svd(found - found.mean(0)).Vh[0]
     assert torch.allclose(scores, (found @ direction).abs(), atol=1e-5)
 
 
-def test_halves_are_told_apart_by_the_released_form_alone():
+def test_halves_are_told_apart_from_trusted_images_alone():
     x, truth = mixed(120.0, n=60, stamped=30)
     found = {}
-    for form in ("paper", "released"):
+    for form in ("trusted", "paper"):
         method = spectral.Spectral(form=form, level="shallow")
         scores = method.score(transparent(), x, clean(80), stream(0, "score"))
         found[form] = detecting.judged(method, scores, truth)["f1"]
-    assert found["released"] == 1
+    assert found["trusted"] == 1
     assert found["paper"] < 0.8
+
+
+def test_trusted_images_are_those_of_the_class_that_inputs_are_taken_for(monkeypatch):
+    answers = torch.eye(3)[torch.tensor([1, 1, 0, 1])]
+    monkeypatch.setattr(spectral.training, "logits", lambda model, x: answers)
+    own = Images(torch.arange(5), torch.tensor([0, 1, 2, 1, 0]))
+    assert spectral.Spectral._trusted(None, torch.zeros(4), own).tolist() == [1, 3]
+    with pytest.raises(BadInput, match="no clean image of class 1"):
+        spectral.Spectral._trusted(None, torch.zeros(4), own.take(torch.tensor([0, 2])))
 
 
 def test_a_subspace_holds_the_energy_asked_for(monkeypatch):

@@ -1,11 +1,12 @@
 """Spectral signatures: poisoned inputs stand out along the features' first singular direction.
 
-Source: Tran, Li and Madry 2018, https://arxiv.org/abs/1811.00636, algorithm 1: the squared product
-    of the centred features with their top right singular vector. form=released: their code, which
-    centres for the vector but takes the product's absolute value of features as they are; where
-    half of the inputs are stamped, both halves lie equally far from the mean, and only this form
-    can tell them apart.
-Departs: how many of the highest scores are removed is left to whoever asks.
+Source: Tran, Li and Madry 2018, https://arxiv.org/abs/1811.00636, algorithm 1.
+Departs: how many of the highest scores are removed is left to whoever asks. form=paper takes the
+    squared product of the centred features with their top right singular vector; form=released,
+    the paper's code, the absolute value of that of features as they are. Both presume few poisoned
+    inputs: where half are stamped, as in the SDRM study, both halves lie equally far from the mean
+    of all, and without centring either half may lie farther from zero. The default therefore
+    counts from the mean of trusted clean images of the class that the inputs are taken for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from arena.core import training
 from arena.core.contracts import Images
 from arena.core.detection import flat_features
 from arena.core.models import Classifier
@@ -30,19 +32,34 @@ class Spectral:
     )
 
     form: str = param(
-        "paper",
-        "paper: squares of centred features' products; released: absolute values of products that "
-        "are not centred",
-        choices=("paper", "released"),
+        "trusted",
+        "trusted: squares of products, less that of clean images of the inputs' class; paper: less "
+        "that of all inputs; released: absolute values of products",
+        choices=("trusted", "paper", "released"),
     )
 
     def score(self, model: Classifier, x: Tensor, clean: Images, rng: Generator) -> Tensor:
-        """(N,) distances along the direction, squared or not. Raises BadInput below 2 inputs."""
+        """(N,) distances along the direction, squared or not. Raises BadInput below 2 inputs, and
+        without a clean image of their class."""
         if len(x) < 2:
             raise BadInput(f"spectral needs 2 inputs or more, got {len(x)}.")
         found = flat_features(model, x, self.level).double()
-        centred = found - found.mean(0)
-        direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+        centre = found.mean(0)
+        direction = torch.linalg.svd(found - centre, full_matrices=False).Vh[0]
         if self.form == "released":
             return (found @ direction).abs().float()
-        return (centred @ direction).square().float()
+        if self.form == "trusted":
+            centre = flat_features(model, self._trusted(model, x, clean), self.level).double().mean(0)
+        return ((found - centre) @ direction).square().float()
+
+    @staticmethod
+    def _trusted(model: Classifier, x: Tensor, clean: Images) -> Tensor:
+        """Clean images of the class that most inputs are taken for."""
+        label = int(training.logits(model, x).argmax(1).mode().values)
+        own = clean.x[clean.y == label]
+        if not len(own):
+            raise BadInput(
+                f"spectral has no clean image of class {label}, which the inputs are taken for; "
+                "raise the clean share or choose form=paper."
+            )
+        return own
