@@ -43,7 +43,7 @@ class Question:
     asr: float | None = None  # success asked for; None: the family's
     seed: int = 0
     split: str = "val"  # where the images come from
-    stall: int | None = None  # passes without a smaller trigger that end a search; None: the steps
+    stall: int | None = None  # passes without a smaller trigger end a search; None: the family's
 
     def __post_init__(self) -> None:
         for name, least in (("restarts", 1), ("samples", 1), ("steps", 1), ("stall", 1)):
@@ -67,7 +67,7 @@ class Question:
             samples=self.samples,
             steps=usual.steps if self.steps is None else self.steps,
             asr=usual.asr if self.asr is None else self.asr,
-            stall=self.stall,
+            stall=usual.stall if self.stall is None else self.stall,
         )
 
 
@@ -207,7 +207,7 @@ def class_distances(
         "samples": question.samples,
         "split": question.split,
         "steps": question.search.steps,
-        "stall": question.stall,
+        "stall": question.search.stall,
         "asked_asr": question.search.asr,
         "seed": question.seed,
         "seconds": seconds,

@@ -74,11 +74,11 @@ class Decoder(nn.Module):
         return self.conv1(F.relu(self.conv2(maps)))
 
     def spread(self, features: Tensor, size: tuple[int, int], fill: Tensor | None) -> Tensor:
-        """`self(upsampled(features, size, ...))` of `random` and, without a fill, `zero`.
+        """Images from features whose values stand in the top left of cells of 2 x 2.
 
-        Values in the top left of cells and a transposed convolution are one with a stride, at a
-        quarter of the cost; what fills the other pixels is convolved apart, since many images share
-        it. fill: (K, 64, H, W), each for as many images in a row.
+        That and a transposed convolution are one with a stride, at a quarter of the cost; what
+        fills the other pixels (None: zeros) is convolved apart, since many images share it.
+        fill: (K, 64, H, W), each for as many images in a row; the top left does not count.
         """
         beyond = [side - (2 * few - 1) for side, few in zip(size, features.shape[-2:], strict=True)]
         conv = self.conv2
@@ -91,32 +91,19 @@ class Decoder(nn.Module):
         return self.conv1(F.relu(maps))
 
 
-def upsampled(
-    features: Tensor, size: tuple[int, int], how: Upsampling, fill: Tensor | None = None,
-    places: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """(…, h, w) -> (…, H, W), every value in a cell of 2 x 2.
+def upsampled(features: Tensor, size: tuple[int, int], places: Tensor | None) -> Tensor:
+    """(…, h, w) -> (…, H, W), every value in a cell of 2 x 2: in each of its pixels, or alone.
 
-    fill: what stands in the other three pixels (random), broadcast to (…, H, W); places: per value,
-    which of the four pixels of its cell it belongs to (swwae), (…, h, w) int64 in [0, 4).
+    places: which of the four pixels of its cell each value belongs to, (…, h, w) int64 in [0, 4);
+    None: all of them.
     """
     height, width = size
-    if how == "nearest":
+    if places is None:
         whole = features.repeat_interleave(2, -2).repeat_interleave(2, -1)
-        return whole[..., :height, :width]
-    spread = torch.zeros(*features.shape, 4, dtype=features.dtype, device=features.device)
-    if how == "swwae":
-        assert places is not None
-        spread = spread.scatter(-1, places[..., None], features[..., None])
     else:
-        spread = torch.cat([features[..., None], spread[..., 1:]], -1)
-    whole = _woven(spread)[..., :height, :width]
-    if how == "random":
-        assert fill is not None
-        corner = torch.zeros(height, width, dtype=torch.bool, device=features.device)
-        corner[::2, ::2] = True
-        whole = torch.where(corner, whole, fill)
-    return whole
+        spread = torch.zeros(*features.shape, 4, dtype=features.dtype, device=features.device)
+        whole = _woven(spread.scatter(-1, places[..., None], features[..., None]))
+    return whole[..., :height, :width]
 
 
 def _woven(cells: Tensor) -> Tensor:
@@ -150,7 +137,7 @@ class Codec(nn.Module):
         """noise: for `random` alone, of mean 0 and deviation 1, (K, 64, H, W), each for N / K
         images in a row. places: for `swwae` alone."""
         if self.how in ("nearest", "swwae"):
-            return self.decoder(upsampled(features, size, self.how, places=places))
+            return self.decoder(upsampled(features, size, places))
         if noise is None or self.how == "zero":
             return self.decoder.spread(features, size, None)
         return self.decoder.spread(features, size, noise * self.decoder.deviation)
