@@ -11,6 +11,7 @@ import toys
 
 from arena.core import models
 from arena.core.contracts import Images
+from arena.core.inversion.frozen import Frozen
 from arena.core.models import Classifier
 from arena.core.seeding import stream
 
@@ -31,6 +32,23 @@ def planted(monkeypatch) -> Classifier:
 def clean() -> Images:
     """200 clean images for the toy."""
     return toys.images(200, stream(0, "clean"))
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """160 other images for the toy."""
+    return toys.images(160, stream(0, "images"))
+
+
+@pytest.fixture(scope="module")
+def coloured(images) -> Images:
+    """Those of the three classes with a colour of their own."""
+    return images.take(images.y < 3)
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Frozen:
+    return Frozen(toys.planted(), "fp32")
 
 
 @pytest.fixture(scope="session")

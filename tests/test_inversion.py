@@ -11,7 +11,6 @@ import toys
 from torch import nn
 
 from arena.core import models
-from arena.core.contracts import Images
 from arena.core.inversion import engine
 from arena.core.inversion.engine import Problem, Search, invert, rows_of, stamped
 from arena.core.inversion.frozen import Frozen, saved_bytes
@@ -26,22 +25,6 @@ from arena.inversions.uap import UAP
 SHAPE = (3, toys.SIDE, toys.SIDE)
 QUICK = Search(samples=12, steps=30, batch=6)
 ALL = [Problem(v, t) for v in (None, 1, 2) for t in (0, 3)]
-
-
-@pytest.fixture(scope="module")
-def images() -> Images:
-    return toys.images(160, stream(0, "images"))
-
-
-@pytest.fixture(scope="module")
-def coloured(images) -> Images:
-    """Those of the three classes with a colour of their own."""
-    return images.take(images.y < 3)
-
-
-@pytest.fixture(scope="module")
-def frozen() -> Frozen:
-    return Frozen(toys.planted(), "fp32")
 
 
 class Corner(nn.Module):

@@ -19,7 +19,6 @@ from arena.core.inversion.frozen import Frozen
 from arena.core.measures import COLUMNS, Reading, measures
 from arena.core.progress import listening
 from arena.core.registry import BadInput, code_hash
-from arena.core.seeding import stream
 from arena.measures import class_distance
 from arena.measures.class_distance import ClassDistance
 from arena.measures.pgd import PGD
@@ -115,11 +114,6 @@ def test_the_columns_of_pgd():
 # --------------------------------------------------------------------------------- class distance
 
 QUICK = {"samples": 12, "steps": 40}
-
-
-@pytest.fixture(scope="module")
-def images() -> Images:
-    return toys.images(160, stream(0, "images"))
 
 
 def test_the_gain_by_hand():

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from arena.core import models
-from arena.core.contracts import Images
 from arena.core.inversion import engine, neurons
 from arena.core.inversion.engine import Arms, Problem, Search, invert, stamped
 from arena.core.inversion.frozen import Frozen
@@ -52,21 +51,6 @@ class Inner(nn.Module):
 
     def forward(self, x):
         return self.head(self.relu(self.see(x)).flatten(1))
-
-
-@pytest.fixture(scope="module")
-def images() -> Images:
-    return toys.images(160, stream(0, "images"))
-
-
-@pytest.fixture(scope="module")
-def coloured(images) -> Images:
-    return images.take(images.y < 3)
-
-
-@pytest.fixture(scope="module")
-def frozen() -> Frozen:
-    return Frozen(toys.planted(), "fp32")
 
 
 @pytest.fixture(scope="module")
