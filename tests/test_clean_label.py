@@ -233,12 +233,17 @@ def test_the_same_seed_makes_the_same_poison_and_seeds_share_a_surrogate():
 
 def test_the_surrogate_is_the_one_asked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr(adversarial, "surrogate", lambda *a, **k: asked.append((a[0], k)))
+
+    def made(name, train, **settings):
+        asked.append((name, settings))
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(adversarial, "surrogate", made)
     train = images()
     CleanLabel()._surrogate(train)
     CleanLabel(surrogate="small", surrogate_steps=0)._surrogate(train)
-    assert asked[0] == ("resnet20", {"epochs": 5, "updates": 300, "eps": 8 / 255, "steps": 2})
-    assert asked[1] == ("small", {"epochs": 5, "updates": 300, "eps": 0.0, "steps": 0})
+    usual = {"epochs": 8, "updates": 300, "eps": 8 / 255, "steps": 2}
+    assert asked == [("fastnet_robust", usual), ("small", {**usual, "eps": 0.0, "steps": 0})]
 
 
 # -------------------------------------------------------------------------------------- refusals

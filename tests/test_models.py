@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from arena.core import models
 from arena.core.contracts import Images
@@ -245,6 +246,19 @@ def test_calibration_hands_a_bounded_normalised_sample_to_the_body(monkeypatch):
 def test_no_images_cannot_calibrate():
     with pytest.raises(ValueError, match="at least 1 image"):
         models.calibrate(make("cnn"), shades(n=0))
+
+
+def test_the_first_filters_of_the_robust_fastnet_magnify_nothing():
+    steep, gentle = (make(name).body for name in ("fastnet", "fastnet_robust"))
+    x = F.avg_pool2d(2 * torch.randn(30, 3, 34, 34, generator=stream(0, "x")), 3, stride=1)
+    for body in (steep, gentle):
+        body.initialise(x)  # smooth images: most components are faint
+    old, new = (body.whiten.weight.flatten(1).double() for body in (steep, gentle))
+    assert old.norm(dim=1).max() > 2
+    assert torch.allclose(F.cosine_similarity(old, new), torch.ones(len(old)).double())
+    axes = F.normalize(new).view_as(gentle.whiten.weight).float()
+    variance = F.conv2d(x, axes).double().var((0, 2, 3))
+    assert torch.allclose(new.norm(dim=1), (1 + variance).rsqrt(), rtol=1e-3)
 
 
 # ---- counting work

@@ -27,7 +27,7 @@ from torch import Generator, Tensor
 
 from arena.core import adversarial, poisoning
 from arena.core.contracts import Images, Poisoned, Trigger
-from arena.core.models import Classifier
+from arena.core.inversion.frozen import Frozen
 from arena.core.progress import report
 from arena.core.registry import BadInput, method, param
 from arena.core.triggers import Add
@@ -90,8 +90,8 @@ class CleanLabel:
         high=255,
         source="255; Turner et al. also less, such as 32",
     )
-    surrogate: str = param("resnet20", "network on which the images are perturbed")
-    surrogate_epochs: int = param(5, "passes over the data in its training", low=1)
+    surrogate: str = param("fastnet_robust", "network on which the images are perturbed")
+    surrogate_epochs: int = param(8, "passes over the data in its training", low=1)
     surrogate_updates: int = param(
         300, "least number of updates in its training: small sets get more passes", low=1
     )
@@ -138,7 +138,7 @@ class CleanLabel:
 
         return poisoning.clean_label(train, Trigger(craft), self.target, self.rate, rng)
 
-    def _hard(self, model: Classifier, x: Tensor, rng: Generator) -> Tensor:
+    def _hard(self, model: Frozen, x: Tensor, rng: Generator) -> Tensor:
         """Images of the target class, float in [0, 1], after PGD away from it, at 8 bits."""
         default = 8.0 if self.norm == "linf" else 300.0
         eps = (default if self.eps is None else self.eps) / 255
@@ -162,11 +162,12 @@ class CleanLabel:
             signs[0, rows, columns] = right.flip(1) if corner.endswith("left") else right
         return signs
 
-    def _surrogate(self, train: Images) -> Classifier:
-        return adversarial.surrogate(
+    def _surrogate(self, train: Images) -> Frozen:
+        model = adversarial.surrogate(
             self.surrogate, train,
             epochs=self.surrogate_epochs,
             updates=self.surrogate_updates,
             eps=self.surrogate_eps / 255 if self.surrogate_steps else 0.0,
             steps=self.surrogate_steps,
         )  # fmt: skip
+        return Frozen(model)  # twice as fast, over a hundred steps
