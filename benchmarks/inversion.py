@@ -4,8 +4,9 @@ The loop is the obvious one: a pair at a time, batches of 32, 32, 32 and 4 of 10
 in evaluation mode as it is (float32, its weights collecting gradients), torch's Adam, the weight on
 the mask raised and lowered, each improvement nudged. The engine gets the same pairs, images and
 number of passes; with --stall its searches end once they find nothing smaller, as `arena distance`
-has it. Speed alone says nothing: sizes and success on the same images stand beside it, both
-triggers tried in float32.
+has it, and the process keeps freed memory, as that command lets it; the loop, which has no such
+thing, runs before that. Speed alone says nothing: sizes and success on the same images stand beside
+it, both triggers tried in float32.
 
     python benchmarks/inversion.py CHECKPOINT MODEL DATASET [--data-dir DIR] [--pairs sample:4]
         [--steps 300] [--stall 100] [--restarts 1] [--device cpu]
@@ -31,6 +32,7 @@ from arena.core.inversion.engine import Found, Problem, Search, invert, rows_of,
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
 from arena.core.seeding import stream
+from arena.referee.isolate import keep_freed_memory
 from arena.subjects import of_checkpoint
 
 AIMS = {"cpu": 4.0, "cuda": 15.0}
@@ -60,7 +62,7 @@ def by_hand(model: nn.Module, problem: Problem, images: Images, search: Search) 
             loss.backward()
             adam.step()
             hits += int((logits.argmax(1) == wanted[part]).sum())
-        success, size = hits / len(x) >= search.asr, float(mask.sum())
+        success, size = hits / len(x) >= search.asr, mask.sum().item()
         if success and size < best:
             best, kept = size, (mask.detach().clone(), pattern.detach().clone())
             with torch.no_grad():
@@ -107,12 +109,13 @@ def main(options: argparse.Namespace) -> None:
     print(f"{len(problems)} problems, {search.steps} passes over {search.samples} images\n")
 
     start = timed(options.device)
+    theirs = [by_hand(model, problem, images, search) for problem in problems]
+    loop = timed(options.device) - start
+    keep_freed_memory()
+    start = timed(options.device)
     sooner = replace(search, stall=options.stall)
     ours = invert(Frozen(model), families.build("nc"), problems, images, sooner)
     engine = timed(options.device) - start
-    start = timed(options.device)
-    theirs = [by_hand(model, problem, images, search) for problem in problems]
-    loop = timed(options.device) - start
 
     print(f"{'pair':<10}{'engine size':>12}{'success':>9}{'loop size':>11}{'success':>9}")
     for one, two in zip(ours, theirs, strict=True):
