@@ -9,7 +9,7 @@ Source: Turner, Tsipras and Madry 2019, https://arxiv.org/abs/1912.02771, with t
 Departs: the grids stand in all four corners, as the paper has them for training with augmentation
     (the arena's recipes augment); its code's default is corners=bottom_right, without augmentation.
     Shifts cost much even so (CIFAR-10, fastnet, 5 epochs, one draw of poison: ASR 82 %, 100 % without
-    them); --recipe fast:crop=0,flip=false trains as its code does by default.
+    them); --recipe fast:epochs=20,crop=0,flip=false has none, as its code by default.
     Upper grids are copies of the lower ones, as in that code. DECK speaks of a 2x2 grid at the top
     left, which its reference does not have: corners=top_left,size=2 takes four pixels of the 3x3
     one. The surrogate is a small network, trained adversarially for few epochs with examples of two
