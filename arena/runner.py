@@ -184,12 +184,30 @@ def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
     for reasons in refusals.values():
         if all(reasons):
             raise BadInput(reasons[0])
+    too_few = [
+        share_refusal(defense, board.clean_share)
+        for defense in defenses
+        if not getattr(defense, "null", False)
+    ]
+    if too_few and all(too_few):
+        raise BadInput(too_few[0])
     # seed by seed, so that a run cut short leaves whole tables; twins first, others wait for them
     return Plan(
         board,
         tuple(sorted(victims, key=lambda victim: (victim.seed, victim.twin is not None))),
         tuple(sorted(cells, key=lambda c: (c.victim.seed, c.twin_cell is not None))),
         measures,
+    )
+
+
+def share_refusal(defense: Any, share: float) -> str:
+    """Why a defense cannot work with this share of clean images; empty where it can."""
+    need: float = getattr(defense, "needs_share", 0.0)
+    if share >= need:
+        return ""
+    return (
+        f"{short_spec(defense)} trains on {need:.0%} of the training images: set the share of "
+        f"clean images (clean_share, --clean-share) to {need:g}, not {share:g}."
     )
 
 
@@ -618,6 +636,8 @@ class Runner:
         known = self.store.record(cell.key)
         started, record = _now(), self._blank(cell, device)
         try:
+            if refusal := share_refusal(cell.defense, self.plan.board.clean_share):
+                raise Failed("not_applicable", refusal)
             for needed in (cell.victim, cell.victim.twin):
                 if needed is not None and needed.key in broken:
                     error = broken[needed.key]

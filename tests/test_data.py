@@ -695,7 +695,7 @@ def test_unsorted_tracks_are_said_to_be_lost(caplog):
 @settings(max_examples=100, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(lambda c: sum(c) >= 5),
-    share=st.floats(0.05, 0.9),
+    share=st.floats(0.05, 0.9) | st.just(1.0),
     poison=st.floats(0, 0.5),
     seed=st.integers(0, 5),
     mask=st.booleans(),
@@ -706,7 +706,7 @@ def test_clean_draws(counts, share, poison, seed, mask):
     bad = torch.randperm(n, generator=stream(seed, "poison"))[: int(poison * n)]
     free = torch.ones(n, dtype=torch.bool)
     free[bad] = False
-    k = round(share * n)
+    k = round(share * n) if share < 1 else n - len(bad)
     exclude = ~free if mask else bad
     if not 1 <= k <= n - len(bad):
         with pytest.raises(ValueError, match="cannot draw"):

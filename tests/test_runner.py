@@ -21,6 +21,7 @@ from arena.boards import Board
 from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
 from arena.data import draw_clean
+from arena.defenses.finetune import FineTune
 from arena.measuring import key_of, lacking
 from arena.referee import isolate
 from arena.report.rows import COLUMNS, MEASURED, flatten
@@ -673,3 +674,21 @@ def test_a_natural_victim_counts_the_code_of_the_family_that_finds_its_trigger()
     found = method_identity(attacks.build("natural:method=(pixel:form=tanh)"))
     assert found["wrapped"]["method"]["spec"].startswith("pixel:form=tanh")
     assert found["wrapped"]["method"]["code"]
+
+
+# --------------------------------------------------------------------------------- shares of images
+
+
+def test_a_defense_that_needs_all_images_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(FineTune, "needs_share", 1.0, raising=False)
+    with pytest.raises(BadInput, match=r"finetune:epochs=1 trains on 100% .* to 1, not 0\.05"):
+        make_plan(TINY)
+    assert make_plan(dataclasses.replace(TINY, clean_share=1.0)).cells
+
+
+def test_among_others_it_is_a_row_with_a_reason(store, monkeypatch):
+    monkeypatch.setattr(FineTune, "needs_share", 0.5, raising=False)
+    plan = make_plan(dataclasses.replace(TINY, defense=("finetune:epochs=1", "fine_pruning")))
+    record = Runner(plan, store)._defend(cell_of(plan, "patch", "finetune"), "cpu", {})
+    assert record["status"] == "not_applicable"
+    assert "50% of the training images" in record["reason"]

@@ -160,7 +160,12 @@ class ControlsTraining(Protocol):
 
 @runtime_checkable
 class Repairs(Protocol):
-    """Returns a repaired copy of the model; the argument is left as it was."""
+    """Returns a repaired copy of the model; the argument is left as it was.
+
+    Optional attribute:
+
+    needs_share: float  the smallest share of the training images that it works with as clean set
+    """
 
     def repair(self, model: nn.Module, clean: Images, rng: Generator) -> nn.Module: ...
 

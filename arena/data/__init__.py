@@ -100,7 +100,7 @@ def draw_clean(y: Tensor, share: float, rng: Generator, exclude: Tensor | None =
 
     Args:
         y: (N,) int64 labels of the whole training set.
-        share: in (0, 1]; K = round(share * N).
+        share: in (0, 1]; K = round(share * N). 1: all rows that are not excluded.
         rng: the same seed with another `exclude` draws as nearly the same rows as can be.
         exclude: (P,) int64 rows, or a (N,) bool mask: the poisoned rows, which are never drawn.
 
@@ -114,4 +114,4 @@ def draw_clean(y: Tensor, share: float, rng: Generator, exclude: Tensor | None =
 
     if not 0 < share <= 1:
         raise ValueError(f"the share of clean images must be in (0, 1], got {share}")
-    return draw_rows(y, round(share * len(y)), rng, exclude)
+    return draw_rows(y, None if share == 1 else round(share * len(y)), rng, exclude)

@@ -14,16 +14,20 @@ _log = logging.getLogger("arena")
 _FRAMES = (30, 10)  # frames a track: as released, and in copies that keep every third frame
 
 
-def draw_rows(y: Tensor, count: int, rng: Generator, exclude: Tensor | None = None) -> Tensor:
+def draw_rows(
+    y: Tensor, count: int | None, rng: Generator, exclude: Tensor | None = None
+) -> Tensor:
     """(count,) int64 sorted rows of `y` (N,), none of `exclude`, in the proportions of `y`.
 
     Seats go to classes by largest remainder, one at least to every class that has a row left
     (where there are enough seats). Within a class the rows come first in one permutation of all
     rows, so that the same seed with another `exclude` draws as nearly the same rows as can be.
+    count: None: all that are not excluded.
     """
     free = torch.ones(len(y), dtype=torch.bool)
     if exclude is not None:
         free[exclude] = False
+    count = int(free.sum()) if count is None else count
     if not 1 <= count <= int(free.sum()):
         raise ValueError(
             f"cannot draw {count} rows: {int(free.sum())} of {len(y)} are free to be drawn"

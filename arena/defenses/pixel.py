@@ -1,18 +1,23 @@
-"""PixelBackdoor: Neural Cleanse's scan with triggers of few pixels instead of small masks.
+"""PixelBackdoor: triggers of few pixels instead of small masks, for scans and for hardening.
+
+As a scanner it is Neural Cleanse with other triggers. As a repair it trains on images with
+universal triggers, found anew for every batch.
 
 Source: Tao et al. 2022, CVPR, Better Trigger Inversion Optimization in Backdoor Scanning: two
-    positive changes per value, in the smooth (tanh) form that scanning needs; sizes are pixels, and
-    the anomaly index is Neural Cleanse's.
-Departs: `samples` images per class searched; searches may end early (`stall`), like NC's.
+    positive changes per value; sizes are pixels, the anomaly index is Neural Cleanse's. Scanning
+    needs the smooth (tanh) form, hardening (appendix L.1) uses the faster one.
+Departs: `samples` images per class searched; searches may end early (`stall`), like NC's. It
+    hardens in `updates` batches as `universal` here.
 """
 
 from __future__ import annotations
 
 from torch import Generator
 
+from arena.core import hardening
 from arena.core.contracts import Images, Verdict
 from arena.core.inversion import scanning
-from arena.core.inversion.engine import Search
+from arena.core.inversion.engine import Family, Search
 from arena.core.inversion.families import families
 from arena.core.models import Classifier
 from arena.core.registry import method, param
@@ -28,6 +33,20 @@ class Pixel:
         100, "passes without a trigger smaller by 1 % that end a search; none: all passes", low=1
     )
     restarts: int = param(1, "searches per class, of which the smallest counts", low=1)
+    updates: int = param(800, "hardening: batches trained on", low=1, source="MOTH")
+    batch: int = param(
+        128, "hardening: images per update; a smaller set lowers it", low=2, source="MOTH"
+    )
+    lr: float = param(1e-3, "hardening: learning rate", above=0, source="MOTH's code")
+    max_drop: float = param(
+        0.02, "hardening: accuracy that it may cost on held-out clean images", low=0, high=1
+    )
+    first: int = param(200, "hardening: passes of a class's first inversion", low=1, source="MOTH")
+    more: int = param(40, "hardening: passes of those that go on from it", low=1, source="MOTH")
+    portion: float = param(
+        0.5, "hardening: share of a batch's other images that are stamped", above=0, high=1,
+        source="MOTH's warm-up",
+    )  # fmt: skip
 
     def scan(self, model: Classifier, clean: Images, rng: Generator) -> Verdict:
         check_clean(clean, model)
@@ -38,3 +57,12 @@ class Pixel:
             model, family, clean, search, rng, classes=classes, restarts=self.restarts
         )
         return scanning.verdict(family, found, classes, shape)
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        family: Family = families.build("pixel:form=clip")
+        pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
+        return hardening.hardened(
+            model, clean, rng,
+            lambda copy, tune: hardening.Universal(hardening.Inverter(copy, family), pace),
+            updates=self.updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
+        )  # fmt: skip

@@ -190,8 +190,9 @@ def invert(
     memory: float | None = None,
     slots: int | None = None,
     checkpoint: Checkpoint | None = None,
-    what: str = "inverting triggers",
+    what: str | None = "inverting triggers",
     guide: Guide | None = None,
+    starts: Sequence[State | None] | None = None,
 ) -> list[Found]:
     """Answers in the order of `problems`.
 
@@ -199,11 +200,15 @@ def invert(
     memory: bytes that the triggers' passes may take; None: half of what is free on a GPU.
     slots: problems in flight; None: as many as the memory holds (on a CPU few: they buy nothing).
     checkpoint: where the state is kept now and then, and read from at the start.
+    what: this in front of the progress; None: it is not told.
     guide: one that is there already; None: the family's, if it has one.
+    starts: where each problem's free variables start (a trigger found before, say); None: anew.
     Raises BadInput on a class without enough images, on victim = target, and where the memory does
     not hold one problem.
     """
-    run = _Run(model, family, tuple(problems), images, search, seed, checkpoint, what, guide)
+    run = _Run(
+        model, family, tuple(problems), images, search, seed, checkpoint, what, guide, starts
+    )
     return run.run(memory, slots)
 
 
@@ -260,11 +265,13 @@ class _Run:
         search: Search,
         seed: int,
         checkpoint: Checkpoint | None,
-        what: str,
+        what: str | None,
         guide: Guide | None = None,
+        starts: Sequence[State | None] | None = None,
     ) -> None:
         self.model, self.family, self.search, self.seed = model, family, search, seed
         self.problems, self.checkpoint, self.what = problems, checkpoint, what
+        self.starts = starts or [None] * len(problems)
         self.device = model.device
         labels = images.y.cpu()
         self.rows = [rows_of(problem, labels, search.samples, seed) for problem in problems]
@@ -319,6 +326,8 @@ class _Run:
         return int(memory // each)
 
     def _tell(self, state: State) -> None:
+        if self.what is None:
+            return
         each = self.search.steps
         now = int(state["passes"].sum()) if state else 0
         report(self.what, len(self.found) * each + now, len(self.problems) * each)
@@ -345,13 +354,15 @@ class _Run:
 
     def _begun(self, places: Sequence[int]) -> State:
         """The state of problems that enter, (K, …) each, on the device."""
-        each = [self._begin(self.problems[place], self.rows[place]) for place in places]
+        each = [self._begin(place) for place in places]
         return {name: torch.stack([one[name] for one in each]).to(self.device) for name in each[0]}
 
-    def _begin(self, problem: Problem, rows: Tensor) -> State:
-        search = self.search
+    def _begin(self, place: int) -> State:
+        search, problem, rows = self.search, self.problems[place], self.rows[place]
         rng = stream(self.seed, "inversion", problem.victim, problem.target, problem.restart)
         at = self.family.begin(training.to_float(self.x[rows].cpu()), rng)
+        start = self.starts[place] or {}
+        at |= {name: value for name, value in start.items() if not name.startswith("_")}
         if self.guide is not None:
             at = at | self.guide.assigned(problem)
         orders = torch.stack([torch.randperm(len(rows), generator=rng) for _ in range(_ORDERS)])

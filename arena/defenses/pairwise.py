@@ -1,0 +1,62 @@
+"""Pairwise: every pair of classes is hardened in turn, in both directions.
+
+MOTH without its scheduler: each pair gets as many batches as the next.
+
+Source: the baseline of MOTH (Tao et al. 2022, S&P), section V-A and appendix X-A: 100 iterations
+    for every pair, with symmetric hardening and reused triggers.
+Departs: no warm-up, whose results only the scheduler reads. The last weights within `max_drop` on
+    held-out images count; else as MOTH.
+"""
+
+from __future__ import annotations
+
+from torch import Generator
+
+from arena.core import hardening
+from arena.core.contracts import BatchHook, Images
+from arena.core.inversion.engine import Family
+from arena.core.inversion.families import families
+from arena.core.models import Classifier
+from arena.core.registry import method, param
+
+
+@method
+class Pairwise:
+    iterations: int = param(100, "batches for every pair of classes", low=1, source="MOTH, X-A")
+    batch: int = param(128, "images per update; a smaller set lowers it", low=2, source="MOTH")
+    lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code")
+    max_drop: float = param(
+        0.02, "accuracy that hardening may cost on held-out clean images", low=0, high=1
+    )
+    first: int = param(200, "passes of a pair's first inversion", low=1, source="MOTH's code")
+    more: int = param(40, "passes of those that go on from it", low=1, source="MOTH's code")
+    asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="MOTH")
+    portion: float = param(
+        0.1, "share of a class's images in a batch that are stamped", above=0, high=1,
+        source="MOTH's code",
+    )  # fmt: skip
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        family: Family = families.build("nc")
+        classes = model.spec.classes
+
+        def hook(copy: Classifier, tune: Images) -> BatchHook:
+            return hardening.Pairs(
+                hardening.Inverter(copy, family),
+                hardening.Pace(
+                    first=self.first,
+                    more=self.more,
+                    batches=self.iterations,
+                    asr=self.asr,
+                    portion=self.portion,
+                ),
+                hardening.Scheduler(classes, 0.0, order="turns"),
+                tune,
+                warm_up="none",
+            )
+
+        pairs = classes * (classes - 1) // 2
+        return hardening.hardened(
+            model, clean, rng, hook,
+            updates=self.iterations * pairs, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
+        )  # fmt: skip
