@@ -58,7 +58,23 @@ CellArgument = Annotated[str | None, typer.Argument(help="The first letters of a
 CheckpointOption = Annotated[
     Path | None, typer.Option(help="Weights of your own instead of a cell's.")
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Their network.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Their network: a name, timm:NAME, or path/to/net.py:factory, a function that returns "
+        "a module for images in [0, 1].",
+    ),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Read --checkpoint as a whole pickled model, or a TrojAI folder with one. Its maker's "
+        "code runs.",
+    ),
+]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", "-d", help="Their data set.")]
 MethodOption = Annotated[
     str, typer.Option(help="A family of triggers, with fields; see `arena list triggers`.")
@@ -622,6 +638,7 @@ def distance(
     cell: CellArgument = None,
     checkpoint: CheckpointOption = None,
     model: ModelOption = None,
+    trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
     method: MethodOption = "nc",
     encoder: EncoderOption = None,
@@ -654,7 +671,7 @@ def distance(
     from arena.store import write_atomically
 
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
-    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
+    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
     other = None
     if baseline is not None:
         from arena.subjects import of_cell
@@ -685,6 +702,7 @@ def invert(
     cell: CellArgument = None,
     checkpoint: CheckpointOption = None,
     model: ModelOption = None,
+    trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
     victim: Annotated[
         int | None, typer.Option("--victim", "-v", help="Class that it works on; else all.")
@@ -719,7 +737,7 @@ def invert(
     from arena.store import save_tensors, write_atomically
 
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
-    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
+    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
     with _status("inverting a trigger", quiet=as_json):
         if encoder is not None:
             method = inverting.with_encoder(method, encoder, subject, opened)
@@ -752,6 +770,7 @@ def scan(
     cell: CellArgument = None,
     checkpoint: CheckpointOption = None,
     model: ModelOption = None,
+    trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
     method: Annotated[str, typer.Option(help="See `arena list scanners`.")] = "nc",
     clean_share: Annotated[
@@ -770,7 +789,7 @@ def scan(
     from arena.gallery import png
     from arena.store import write_atomically
 
-    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store)
+    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
     with _status("scanning", quiet=as_json):
         found, trigger = scanning.scan(
             subject, method, opened, clean_share=clean_share, device=_device(device)
@@ -833,6 +852,7 @@ def _subject(
     dataset: str | None,
     data_dir: Path | None,
     store: Path | None,
+    trust_pickle: bool = False,
 ) -> tuple[Store, Subject]:
     """The model that a user means, and the store to keep answers in. Raises BadInput."""
     from arena.store import Store
@@ -845,10 +865,14 @@ def _subject(
     if cell is not None:
         opened = _open_store(store)
         return opened, of_cell(opened, cell, data_dir)
-    if checkpoint is None or model is None or dataset is None:
-        raise BadInput("--checkpoint needs --model NAME and -d DATASET, which the file cannot say.")
+    assert checkpoint is not None
+    if dataset is None or (model is None and not trust_pickle and checkpoint.is_file()):
+        raise BadInput(
+            "--checkpoint needs --model NAME and -d DATASET, which the file cannot say; a whole "
+            "pickled model needs -d and --trust-pickle."
+        )
     return Store(store or Path("runs") / "adhoc"), of_checkpoint(
-        checkpoint, model, dataset, data_dir
+        checkpoint, model, dataset, data_dir, trust_pickle=trust_pickle
     )
 
 

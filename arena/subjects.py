@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arena import data as datasets
-from arena.core import models
+from arena.core import foreign, models
 from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.registry import BadInput
@@ -65,12 +65,31 @@ def of_cell(store: Store, prefix: str, data_dir: Path | None = None) -> Subject:
     return Subject(model, data, name, digest(weights), int(record["seed"]), rows)
 
 
-def of_checkpoint(file: Path, model: str, dataset: str, data_dir: Path | None = None) -> Subject:
+def of_checkpoint(
+    file: Path,
+    model: str | None,
+    dataset: str,
+    data_dir: Path | None = None,
+    *,
+    trust_pickle: bool = False,
+) -> Subject:
     """A network of the name `model` with the weights in `file` (safetensors, or torch's format with
     plain tensors in it). Raises BadInput.
 
-    Weights of the bare network bring no normalisation: it is then that of the training images.
+    model: a network of the arena, `timm:NAME`, or `path/to/net.py:factory` (`arena.core.foreign`).
+        None: `file` is a whole pickled model or a folder with one (model.pt), as TrojAI's are; its
+        code runs when it is read, so that it is refused unless `trust_pickle`.
+
+    Weights of a bare network of the arena bring no normalisation: it is then that of the training
+    images. Foreign networks get none.
     """
+    if model is None:
+        return _of_pickle(file, dataset, data_dir, trust_pickle)
+    if foreign.is_factory(model):
+        weights = read_weights(file)
+        data = datasets.load(dataset, data_dir=data_dir)
+        network = foreign.build(_absolute(model), data.num_classes, data.shape)
+        return Subject(_loaded(network, weights, file.name), data, file.name, digest(weights))
     try:
         models.info(model)  # unknown names before any file is read
     except ValueError as error:
@@ -183,7 +202,45 @@ def _filled(model: str, data: Dataset, weights: Mapping[str, Tensor], name: str)
         models.calibrate(network, data.train)
         own = {f"normalize.{k}": v for k, v in network.normalize.state_dict().items()}
         weights = {**own, **{f"body.{key}": value for key, value in weights.items()}}
+    return _checked(network, weights, name)
+
+
+def _loaded(network: Classifier, weights: Mapping[str, Tensor], name: str) -> Classifier:
+    """Weights of a foreign network, or of one that the arena saved, with its normalisation."""
+    if not any(key.startswith("body.") for key in weights):
+        own = {f"normalize.{k}": v for k, v in network.normalize.state_dict().items()}
+        weights = {**own, **{f"body.{key}": value for key, value in weights.items()}}
+    return _checked(network, weights, name)
+
+
+def _checked(network: Classifier, weights: Mapping[str, Tensor], name: str) -> Classifier:
     try:
         return models.load_weights(network, weights).eval()
     except ValueError as error:
         raise BadInput(f"{name}: {error}.") from None
+
+
+def _of_pickle(file: Path, dataset: str, data_dir: Path | None, trusted: bool) -> Subject:
+    """A whole model, as TrojAI gives them: a folder with model.pt, or that file."""
+    file = file / "model.pt" if file.is_dir() else file
+    if not file.is_file():
+        raise BadInput(f"There is no file {str(file)!r}.")
+    if not trusted:
+        raise BadInput(
+            f"{str(file)!r} without --model is taken as a whole pickled model, which runs its "
+            "maker's code when it is read: add --trust-pickle if you trust its source, or name its "
+            "network with --model."
+        )
+    data = datasets.load(dataset, data_dir=data_dir)
+    network = foreign.build(f"{foreign.PICKLE}{file.resolve()}", data.num_classes, data.shape)
+    weights = network.state_dict()
+    if bad := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
+        raise BadInput(f"{file.name}: weights have non-finite {bad[0]}.")
+    name = file.parent.name if file.name == "model.pt" else file.name
+    return Subject(network, data, name, digest(weights))
+
+
+def _absolute(model: str) -> str:
+    """A factory's name by which a process in another folder finds it as well."""
+    file, _, function = model.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{function}"

@@ -110,9 +110,14 @@ def open_parquet(files: Mapping[str, list[Path]], info: DatasetInfo, origin: str
 
 
 def image_files(folder: Path, name: str) -> dict[str, dict[str, list[Path]]]:
-    """split -> class -> image files, sorted; {} where `folder` holds no folders of images."""
+    """split -> class -> image files, sorted; {} where `folder` holds no folders of images.
+
+    Files in one folder count too where their names begin with class_N_, as TrojAI's examples do.
+    """
     if not folder.is_dir():
         return {}
+    if flat := _by_name(folder):
+        return {"train": flat}
     roots = {
         split: root
         for split, names in _ALIASES.items()
@@ -158,6 +163,15 @@ def open_folder(files: Mapping[str, Mapping[str, list[Path]]], info: DatasetInfo
     classes: dict[str, tuple[str, ...] | None] = dict.fromkeys(splits, tuple(files["train"]))
     total = sum(len(split.labels) for split in splits.values())
     return _source(splits, classes, info, f"folders of images: {total} files")
+
+
+def _by_name(folder: Path) -> dict[str, list[Path]]:
+    """class -> files class_N_…; {} where there are none or a class is missing."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir(), key=_numeric):
+        if file.suffix.lower() in _SUFFIXES and (match := re.match(r"class_(\d+)_", file.name)):
+            found.setdefault(match[1], []).append(file)
+    return found if set(found) == {str(label) for label in range(len(found))} else {}
 
 
 def _numeric(path: Path) -> tuple[list[int | str], str]:

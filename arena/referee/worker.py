@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arena.core import metrics, models, parts, poisoning, training
+from arena.core import foreign, metrics, models, parts, poisoning, training
 from arena.core.contracts import ControlsTraining, Images, Trigger
 from arena.core.measures import measures
 from arena.core.mmd import mmd_report
@@ -300,7 +300,10 @@ def _answers(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
 
 def _network(job: Job, weights: str) -> models.Classifier:
     shape = tuple(job["shape"])
-    model = models.build(job["model"], job["classes"], shape, stream(0, "shell"))
+    if foreign.is_foreign(job["model"]):
+        model = foreign.build(job["model"], job["classes"], shape)
+    else:
+        model = models.build(job["model"], job["classes"], shape, stream(0, "shell"))
     return models.load_weights(model, load_tensors(Path(weights))).eval()
 
 

@@ -1,0 +1,128 @@
+"""Networks that somebody else wrote: a factory in a Python file, or a whole pickled model.
+
+Both take images in [0, 1] as they are: no normalisation is put in front. Their code runs here, a
+factory's because its user names it, a pickle's only where it is trusted. What is made carries the
+name that made it, so that a worker of the referee can make it again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from arena.core.models import Classifier, ModelSpec
+from arena.core.networks import Network, Shape, timm_models
+from arena.core.registry import BadInput
+
+PICKLE = "pickle:"  # in front of a file: a model that its user trusts
+_FACTORY = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
+
+
+def is_factory(name: str) -> bool:
+    return _FACTORY.fullmatch(name) is not None and not name.startswith(PICKLE)
+
+
+def is_foreign(name: str) -> bool:
+    return is_factory(name) or name.startswith(PICKLE)
+
+
+def build(name: str, classes: int, shape: Shape) -> Classifier:
+    """The network `path/to/net.py:factory` or `pickle:FILE`, in evaluation mode.
+
+    factory: a callable without arguments -> module from float (N, C, H, W) in [0, 1] to logits
+    (N, classes). Raises BadInput where there is none, and where it does not take such images.
+    """
+    if name.startswith(PICKLE):
+        body = _unpickled(Path(name.removeprefix(PICKLE)))
+    else:
+        body = _made(name)
+    body = body.float().eval()
+    x = torch.rand(2, *shape, generator=torch.Generator())
+    try:
+        with torch.no_grad():
+            out = body(x)
+    except Exception as error:  # other people's code: any kind tells that the images do not fit
+        why = " ".join(str(error).split())[:160]
+        raise BadInput(f"{name} cannot take images of {_size(shape)}: {why}.") from error
+    if not isinstance(out, Tensor) or out.shape != (2, classes):
+        given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise BadInput(
+            f"{name} answers 2 images with {given}, but the data set's {classes} classes want "
+            f"{(2, classes)}."
+        )
+    levels, head = _places(body, x)
+    network = Network(lambda *_: body, levels, head, summary="somebody else's", source=name)
+    model = Classifier(ModelSpec(name, classes, shape), network)
+    model.normalize.mean.zero_()
+    model.normalize.std.fill_(1.0)
+    return model.eval()
+
+
+def _made(name: str) -> nn.Module:
+    """What the factory of a Python file returns."""
+    found = _FACTORY.fullmatch(name)
+    assert found is not None
+    file, function = Path(found["file"]).expanduser(), found["function"]
+    if not file.is_file():
+        raise BadInput(f"There is no file {str(file)!r} to take {function} from.")
+    label = f"arena_foreign_{sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(label, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[label] = module  # dataclasses and pickles look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"{file} cannot be imported: {type(error).__name__}: {error}.") from error
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise BadInput(f"{file} has no function {function!r}; it has {', '.join(known) or 'none'}.")
+    try:
+        body = factory()
+    except Exception as error:
+        raise BadInput(f"{name}() failed: {type(error).__name__}: {error}.") from error
+    if not isinstance(body, nn.Module):
+        raise BadInput(f"{name}() returns {type(body).__name__}; a torch.nn.Module is wanted.")
+    return body
+
+
+def _unpickled(file: Path) -> nn.Module:
+    if not file.is_file():
+        raise BadInput(f"There is no file {str(file)!r}.")
+    try:
+        body = torch.load(file, map_location="cpu", weights_only=False)
+    except Exception as error:  # whatever another version's or a damaged pickle does
+        why = " ".join(str(error).split())[:160]
+        raise BadInput(f"{str(file)!r} cannot be unpickled: {why}.") from error
+    if not isinstance(body, nn.Module):
+        raise BadInput(f"{str(file)!r} holds {type(body).__name__}, not a whole model.")
+    return body
+
+
+def _places(body: nn.Module, x: Tensor) -> tuple[tuple[str, str, str], str]:
+    """Where methods look inside: the three levels and the head that reads the last one.
+
+    Where no layer reads a level channel by channel, modules evenly along the way stand for them:
+    methods that ask nothing of levels work, those that mask channels say that they cannot.
+    """
+    calls = timm_models._watch(body, x)
+    for deep, head in timm_models._deep_and_head(calls):
+        if timm_models._agrees(body, x, deep.path, head.path):
+            shallow, middle = timm_models._earlier_levels(body, calls, deep)
+            return (shallow, middle, deep.path), head.path
+    paths = [call.path for call in calls if call.shape] or [""]
+    last = len(paths) - 1
+    readers = [path for path in paths if isinstance(body.get_submodule(path), nn.Linear)]
+    return (paths[last // 3], paths[2 * last // 3], paths[last]), (readers or paths)[-1]
+
+
+def _size(shape: Shape) -> str:
+    return " x ".join(map(str, shape))
