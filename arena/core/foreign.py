@@ -10,10 +10,14 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
+from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from arena.core.models import Classifier, ModelSpec
@@ -56,12 +60,38 @@ def build(name: str, classes: int, shape: Shape) -> Classifier:
             f"{name} answers 2 images with {given}, but the data set's {classes} classes want "
             f"{(2, classes)}."
         )
+    if not _takes_bf16(body, x):
+        body.__class__ = type(type(body).__name__, (_Float32, type(body)), {})
     levels, head = _places(body, x)
     network = Network(lambda *_: body, levels, head, summary="somebody else's", source=name)
     model = Classifier(ModelSpec(name, classes, shape), network)
     model.normalize.mean.zero_()
     model.normalize.std.fill_(1.0)
     return model.eval()
+
+
+class _Float32(nn.Module):
+    """In front of a network's class: it stays in float32, whatever it is cast to.
+
+    Many networks hold constants that no cast reaches, a mean to take off the images, say.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+
+    def forward(self, x: Tensor) -> Any:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError("what a tracer makes of it could be cast")
+        return super().forward(x.float())
+
+
+@torch.no_grad()
+def _takes_bf16(body: nn.Module, x: Tensor) -> bool:
+    try:
+        deepcopy(body).to(torch.bfloat16)(x.to(torch.bfloat16))
+    except Exception:  # whatever foreign code says to it
+        return False
+    return True
 
 
 def _made(name: str) -> nn.Module:
