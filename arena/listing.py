@@ -574,6 +574,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     said = "no class stands out"
     if found["backdoored"]:
         said = f"backdoored: class {found['target']} ({found['target_name']}) is suspected"
+        if found["victim"] is not None:
+            said += f", for images of class {found['victim']} ({found['victim_name']})"
     lines = [
         f"{found['model']}: {said}",
         f"{found['method']}: score {found['score']:.2f}, suspicious above {found['threshold']:g}; "

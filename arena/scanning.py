@@ -42,7 +42,10 @@ def scan(
     method, data = defenses.build(text), subject.data
     question = {"spec": spec_of(method)}
     found, written = ask(subject, "scan", question, store, clean_share=clean_share, device=device)
-    each = found["per_class"]
+    each, matrix = found["per_class"], None
+    if each and isinstance(each[0], list):  # by victim and target
+        matrix, each = each, [max(column) for column in zip(*each, strict=True)]
+    victim = _victim(matrix, found["target"])
     return {
         "model": subject.name,
         "weights": subject.digest,
@@ -52,9 +55,21 @@ def scan(
         "threshold": getattr(method, "threshold", ANOMALY),
         "target": found["target"],
         "target_name": None if found["target"] is None else data.classes[found["target"]],
+        "victim": victim,
+        "victim_name": None if victim is None else data.classes[victim],
         "per_class": None if each is None else [None if math.isnan(v) else v for v in each],
+        "per_pair": matrix,
         "classes": list(data.classes),
         "clean_images": found["budget"]["clean_images"],
         "seed": subject.seed,
         "budget": found["budget"],
     }, written.get("trigger")
+
+
+def _victim(matrix: list[list[float]] | None, target: int | None) -> int | None:
+    """The one class from which the suspicious trigger leads to the target; None: from all."""
+    if matrix is None or target is None:
+        return None
+    scores = [row[target] for row in matrix]
+    worst = [label for label, score in enumerate(scores) if score == max(scores)]
+    return worst[0] if len(worst) == 1 else None

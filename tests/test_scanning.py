@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from test_cli import arena
 from torch import nn
 
+from arena import scanning
 from arena.core.contracts import Images, Scans
 from arena.core.inversion.engine import Arms, Found, Problem, Search
 from arena.core.inversion.families import families
@@ -334,3 +338,34 @@ def test_a_filter_that_is_a_backdoor_is_found():
     assert found.target == TARGET
     red, green, blue = found.trigger.mean((1, 2)).tolist()
     assert green > max(red, blue) + 0.1
+
+
+# ------------------------------------------------------------------------------ on the command line
+
+
+@pytest.mark.parametrize("name", SCANNERS)
+def test_every_scanner_answers_scripts_and_people(name, examined):
+    store, cells = examined
+    few = {"abs": "abs:form=patch,steps=2,samples=20"}.get(name, f"{name}:steps=3,samples=20")
+    words = ("scan", cells["patch"], "--method", few, "--store", store, "--device", "cpu")
+    done = arena(*words, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["backdoored"] == (found["target"] is not None)
+    assert found["per_class"] is None or len(found["per_class"]) == 5
+    if name == "k_arm":
+        assert [len(row) for row in found["per_pair"]] == [5] * 5
+        assert found["per_class"] == torch.tensor(found["per_pair"]).amax(0).tolist()
+    done = arena(*words)
+    assert done.code == 0, done.err
+    assert f"score {found['score']:.2f}" in done.out
+
+
+@pytest.mark.parametrize(
+    ("column", "victim"), [([0.0, 3.0, 3.0, 3.0], None), ([0.0, 1.5, 3.0, 0.0], 2)]
+)
+def test_a_trigger_from_one_class_names_it(column, victim):
+    matrix = [[score, 0.0, 0.0, 0.0] for score in column]
+    assert scanning._victim(matrix, 0) == victim
+    assert scanning._victim(matrix, None) is None
+    assert scanning._victim(None, 0) is None
