@@ -803,6 +803,58 @@ def scan(
 
 
 @app.command()
+def repair(
+    cell: CellArgument = None,
+    checkpoint: CheckpointOption = None,
+    model: ModelOption = None,
+    trust_pickle: TrustOption = False,
+    dataset: DatasetOption = None,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option("--defense", "-D", help="How to repair; several are compared."),
+    ] = None,
+    scan: Annotated[bool, typer.Option("--scan", help="Scan before and after.")] = False,
+    scanner: Annotated[str, typer.Option(help="See `arena list scanners`.")] = "nc",
+    clean_share: Annotated[
+        float, typer.Option(help="Share of the training images to repair with, 0 to 1.")
+    ] = 0.05,
+    max_drop: Annotated[
+        float, typer.Option(help="Accuracy that a repair may cost to be recommended, 0 to 1.")
+    ] = 0.05,
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The repaired weights; the report beside them.")
+    ] = Path("repaired.safetensors"),
+    data_dir: DataDirOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Repair a suspicious model in one or several ways, compare, and keep the best."""
+    from arena import listing, repairing
+    from arena.store import save_tensors, write_atomically
+    from arena.subjects import as_given
+
+    question = repairing.Question(
+        tuple(defense or ()), scanner if scan else None, clean_share, max_drop
+    )
+    repairing.check(question)  # unknown names before any model is read
+    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
+    with _status("repairing", quiet=as_json):
+        found, weights = repairing.repair(subject, question, opened, device=_device(device))
+    report = out.with_suffix(".md")
+    found["report"] = str(report)
+    if weights is not None:
+        save_tensors(out, as_given(subject, weights))
+        found["file"] = str(out)
+    page = listing.repairs(found)
+    write_atomically(report, f"{page}\n".encode())
+    print(json.dumps(found, indent=1) if as_json else page)
+    if not as_json:
+        print(f"\nreport: {report}" + (f"\nweights: {out}" if weights is not None else ""))
+    raise typer.Exit(0 if weights is not None else 1)
+
+
+@app.command()
 def detect(
     cell: Annotated[str, typer.Argument(help="The first letters of a cell's key.")],
     method: Annotated[

@@ -612,3 +612,49 @@ def detections(found: Mapping[str, Any]) -> str:
     lines += ["", "all: F1 of flagging everything. Flags are set by what nobody knows in practice:"]
     lines += [f"  {name}: {rule}" for name, rule in rules.items()]
     return "\n".join(lines)
+
+
+def repairs(found: Mapping[str, Any]) -> str:
+    """What `arena repair` found, as a page of Markdown."""
+    scanned = found["scanner"] is not None
+    head = ["defense", "ACC %", "drop"] + (["suspicion", "verdict"] if scanned else [])
+    head += ["seconds", "note"]
+    rows = [["(none)", *_repaired(found["before"], scanned), "", ""]]
+    for row in found["repairs"]:
+        name = f"**{row['defense']}**" if row["defense"] == found["recommended"] else row["defense"]
+        if row["status"] != "ok":
+            rows.append([name, *[""] * (len(head) - 2), row["reason"]])
+            continue
+        rows.append([name, *_repaired(row, scanned), f"{row['budget']['seconds']:.0f}", ""])
+    table = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+    chosen = found["recommended"]
+    advice = f"Recommended: {chosen}" if chosen else "Nothing is recommended"
+    lines = [
+        f"# Repair of {found['model']}",
+        "",
+        f"{found['data']}; {found['clean_images']} clean images to repair with; accuracy on "
+        f"{found['validation_images']} others.",
+        *([f"Scanner: {found['scanner']}."] if scanned else []),
+        "",
+        *table,
+        "",
+        f"{advice}: {found['because']}.",
+        "",
+        f"Weights before: sha256 {found['weights']}.",
+    ]
+    lines += [
+        f"After {row['defense']} ({row['spec']}): sha256 {row['weights']}."
+        for row in found["repairs"]
+        if row["status"] == "ok"
+    ]
+    return "\n".join(lines)
+
+
+def _repaired(row: Mapping[str, Any], scanned: bool) -> list[str]:
+    drop = f"{100 * row['accuracy_drop']:.1f}" if "accuracy_drop" in row else ""
+    cells = [f"{100 * row['accuracy']:.1f}", drop]
+    if scanned:
+        verdict = row["scan"]
+        said = f"backdoor to {verdict['target_name']}" if verdict["backdoored"] else "nothing found"
+        cells += [f"{verdict['score']:.2f}", said]
+    return cells

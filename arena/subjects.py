@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Subject:
     digest: str  # of its weights
     seed: int = 0  # of the cell
     poisoned: Tensor | None = None  # rows of the training set that a defender never gets
+    bare: bool = False  # its file names the weights of the network alone, as its maker's code does
 
 
 def of_cell(store: Store, prefix: str, data_dir: Path | None = None) -> Subject:
@@ -89,14 +91,16 @@ def of_checkpoint(
         weights = read_weights(file)
         data = datasets.load(dataset, data_dir=data_dir)
         network = foreign.build(_absolute(model), data.num_classes, data.shape)
-        return Subject(_loaded(network, weights, file.name), data, file.name, digest(weights))
+        filled = _loaded(network, weights, file.name)
+        return Subject(filled, data, file.name, digest(weights), bare=_is_bare(weights))
     try:
         models.info(model)  # unknown names before any file is read
     except ValueError as error:
         raise BadInput(f"There is {error}.") from None
     weights = read_weights(file)
     data = datasets.load(dataset, data_dir=data_dir)
-    return Subject(_filled(model, data, weights, file.name), data, file.name, digest(weights))
+    filled = _filled(model, data, weights, file.name)
+    return Subject(filled, data, file.name, digest(weights), bare=_is_bare(weights))
 
 
 def ask(
@@ -112,7 +116,8 @@ def ask(
     """Do a worker's job about a model, with the clean set that a defense of its cell would get.
 
     kind, question: the job and its own settings (`arena.referee.worker`); sets: tensors for it.
-    Returns its answer and the tensors that it wrote. Raises BadInput where it fails.
+    Returns its answer and the tensors that it wrote (weights, where it repairs). Raises BadInput
+    where it fails.
     """
     data, rows = subject.data, subject.poisoned
     if not 0 < clean_share <= 1:
@@ -154,8 +159,8 @@ def ask(
             logfile=folder / f"{kind}.log",
             on_event=lambda event: report(event["what"], event["done"], event["total"]),
         )
-        written = folder / "out.safetensors"
-        return answer, load_tensors(written) if written.exists() else {}
+        written = [folder / f"{part}.safetensors" for part in ("out", "weights")]
+        return answer, next((load_tensors(file) for file in written if file.exists()), {})
     except isolate.Failed as error:
         raise BadInput(f"{kind} failed: {error}") from error
     finally:
@@ -193,12 +198,32 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def with_weights(subject: Subject, weights: Mapping[str, Tensor], name: str) -> Subject:
+    """The same network with other weights, after the defense `name`."""
+    model = models.load_weights(deepcopy(subject.model), weights).eval()
+    return replace(
+        subject, model=model, name=f"{subject.name} after {name}", digest=digest(weights)
+    )
+
+
+def as_given(subject: Subject, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that the subject's own file used."""
+    if not subject.bare:
+        return dict(weights)
+    body = {key: value for key, value in weights.items() if key.startswith("body.")}
+    return {key.removeprefix("body."): value.contiguous() for key, value in body.items()}
+
+
+def _is_bare(weights: Mapping[str, Tensor]) -> bool:
+    return not any(key.startswith("body.") for key in weights)
+
+
 def _filled(model: str, data: Dataset, weights: Mapping[str, Tensor], name: str) -> Classifier:
     try:
         network = models.build(model, data.num_classes, data.shape, stream(0, "shell"))
     except ValueError as error:
         raise BadInput(f"{error}.") from None
-    if not any(key.startswith("body.") for key in weights):
+    if _is_bare(weights):
         models.calibrate(network, data.train)
         own = {f"normalize.{k}": v for k, v in network.normalize.state_dict().items()}
         weights = {**own, **{f"body.{key}": value for key, value in weights.items()}}
@@ -207,7 +232,7 @@ def _filled(model: str, data: Dataset, weights: Mapping[str, Tensor], name: str)
 
 def _loaded(network: Classifier, weights: Mapping[str, Tensor], name: str) -> Classifier:
     """Weights of a foreign network, or of one that the arena saved, with its normalisation."""
-    if not any(key.startswith("body.") for key in weights):
+    if _is_bare(weights):
         own = {f"normalize.{k}": v for k, v in network.normalize.state_dict().items()}
         weights = {**own, **{f"body.{key}": value for key, value in weights.items()}}
     return _checked(network, weights, name)
@@ -237,7 +262,7 @@ def _of_pickle(file: Path, dataset: str, data_dir: Path | None, trusted: bool) -
     if bad := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
         raise BadInput(f"{file.name}: weights have non-finite {bad[0]}.")
     name = file.parent.name if file.name == "model.pt" else file.name
-    return Subject(network, data, name, digest(weights))
+    return Subject(network, data, name, digest(weights), bare=True)
 
 
 def _absolute(model: str) -> str:

@@ -1,0 +1,145 @@
+"""One suspicious model: scanned, repaired in one or several ways, compared, and one recommended.
+
+Everything is judged on clean images that no repair saw; nobody knows a trigger here, so the
+scanner's verdict before and after stands for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from arena import scanning
+from arena.core import training
+from arena.core.registry import BadInput, defenses, nearest, short_spec, spec_of
+from arena.runner import share_refusal
+from arena.store import Store
+from arena.subjects import Subject, ask, digest, with_weights
+
+MAX_DROP = 0.05  # accuracy that a repair may cost to be recommended
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is tried: specs of defenses, and of a scanner (none: no scan)."""
+
+    repairs: Sequence[str]
+    scanner: str | None = None
+    clean_share: float = 0.05
+    max_drop: float = MAX_DROP
+
+
+def repairs() -> list[str]:
+    return [each.name for each in defenses.describe_all() if "repairs" in each.powers]
+
+
+def check(question: Question) -> None:
+    """Raise BadInput unless all names are known and can work; imports no more than they need."""
+    if not 0 <= question.max_drop <= 1:
+        raise BadInput(f"--max-drop must be from 0 to 1, got {question.max_drop:g}.")
+    if not question.repairs:
+        raise BadInput("Name a defense to repair with, such as -D finetune.")
+    for text in question.repairs:
+        name = text.partition(":")[0]
+        if name not in (known := repairs()):
+            if name in defenses.names():
+                raise BadInput(f"{name} repairs nothing; defenses: {', '.join(known)}.")
+            raise BadInput(f"There is no defense {name!r}; {nearest(name, known)}")
+        if refusal := share_refusal(defenses.build(text), question.clean_share):
+            raise BadInput(refusal)
+    if question.scanner is not None:
+        scanning.check(question.scanner)
+
+
+def repair(
+    subject: Subject, question: Question, store: Store, *, device: str = "cpu"
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """What `arena repair` prints, as JSON values, and the weights of the repair recommended.
+
+    Accuracies are on the validation images of the data set. A repair that fails is a row with its
+    reason. Raises BadInput where none ends well.
+    """
+    before = _judged(subject, question, store, device)
+    rows: list[dict[str, Any]] = []
+    weights: dict[str, dict[str, Tensor]] = {}
+    for text in question.repairs:
+        method = defenses.build(text)
+        name, row = short_spec(method), {"defense": short_spec(method), "spec": spec_of(method)}
+        rows.append(row)
+        try:
+            found, state = ask(
+                subject, "repair", {"spec": spec_of(method)}, store,
+                clean_share=question.clean_share, device=device,
+            )  # fmt: skip
+        except BadInput as error:
+            row |= {"status": "failed", "reason": str(error)}
+            continue
+        repaired = with_weights(subject, state, name)
+        weights[name] = state
+        row |= {"status": "ok", "weights": digest(state), "budget": found["budget"]}
+        row |= _judged(repaired, question, store, device)
+        row["accuracy_drop"] = before["accuracy"] - row["accuracy"]
+    if not weights:
+        raise BadInput(f"No repair ended well. {rows[0]['reason']}")
+    chosen, why = recommended(before, rows, question.max_drop)
+    return {
+        "model": subject.name,
+        "weights": subject.digest,
+        "data": subject.data.name,
+        "validation_images": len(subject.data.val),
+        "clean_share": question.clean_share,
+        "clean_images": next(r["budget"]["clean_images"] for r in rows if r["status"] == "ok"),
+        "scanner": question.scanner,
+        "before": before,
+        "repairs": rows,
+        "recommended": chosen,
+        "because": why,
+    }, None if chosen is None else weights[chosen]
+
+
+def _judged(subject: Subject, question: Question, store: Store, device: str) -> dict[str, Any]:
+    model = subject.model.to(device)
+    found: dict[str, Any] = {"accuracy": training.accuracy(model, subject.data.val)}
+    model.cpu()
+    if question.scanner is None:
+        return found
+    verdict, _ = scanning.scan(
+        subject, question.scanner, store, clean_share=question.clean_share, device=device
+    )
+    kept = ("backdoored", "score", "threshold", "target", "target_name", "victim", "victim_name")
+    return found | {"scan": {name: verdict[name] for name in kept}}
+
+
+def recommended(
+    before: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], max_drop: float
+) -> tuple[str | None, str]:
+    """The defense to take, and why; None where none is to be recommended.
+
+    Of the repairs that cost at most `max_drop`, those that the scanner finds nothing in; of these
+    the one that the scanner finds least suspicious, where it was suspicious before, else the most
+    accurate.
+    """
+    cheap = [
+        row for row in rows if row["status"] == "ok" and row["accuracy_drop"] <= max_drop + 1e-9
+    ]
+    if not cheap:
+        return None, f"every repair costs more than {100 * max_drop:g} points of accuracy"
+    if "scan" not in before:
+        best = max(cheap, key=lambda row: float(row["accuracy"]))
+        return best["defense"], (
+            "it costs least accuracy; without --scan nothing is known of what it removed"
+        )
+    clear = [row for row in cheap if not row["scan"]["backdoored"]]
+    if not clear:
+        return None, "the scanner still suspects a backdoor after every repair that costs little"
+    if not before["scan"]["backdoored"]:
+        best = max(clear, key=lambda row: float(row["accuracy"]))
+        return best["defense"], (
+            "the scanner suspected nothing before; it costs least accuracy, and no repair may be "
+            "needed"
+        )
+    best = min(clear, key=lambda row: float(row["scan"]["score"]))
+    return best["defense"], "the scanner's suspicion is gone, and lowest of all repairs"
