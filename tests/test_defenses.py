@@ -22,8 +22,21 @@ SMALL = {  # settings for tests, where the defaults take long
     "retrain": "retrain:epochs=2,min_steps=0,batch=32",
     "finetune": "finetune:epochs=2,crop=1,cutout=3",
     "fine_pruning": "fine_pruning:epochs=2,crop=1,cutout=3",
+    "nad": "nad:teacher_epochs=1,epochs=1,crop=1,cutout=3",
+    "anp": "anp:iterations=10,crop=1,threshold=0.99,max_drop=1",
+    "mcr": "mcr:epochs=2,tune_epochs=1,crop=1,tune_cutout=3",
+    "nc": "nc:steps=30,samples=30,asr=0.5,unflagged=smallest",
+    "abs": "abs:form=patch,steps=60,samples=30,top=3",
+    "moth": "moth:updates=8,batch=64,warm_passes=4,first=4,more=2,max_drop=1",
+    "deck": "deck:updates=6,batch=32,warm_passes=2,first=2,more=1,max_drop=1",
+    "pairwise": "pairwise:iterations=1,batch=64,first=4,more=2,max_drop=1",
+    "universal": "universal:updates=4,batch=64,first=4,more=2,max_drop=1",
+    "pixel": "pixel:updates=4,batch=64,first=4,more=2,max_drop=1",
+    "uap": "uap:recipe=smoke,epochs=2",
+    "adversarial": "adversarial:recipe=smoke,epochs=2,steps=1",
+    "neural_collapse": "neural_collapse:epochs=2",
 }
-UNSEEDED = {"none"}  # draws nothing
+UNSEEDED = {"none", "abs"}  # draws nothing; blames no neuron of the toy
 REPAIRS = [name for name in defenses.names() if "repairs" in defenses.describe(name).powers]
 
 

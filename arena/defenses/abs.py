@@ -2,19 +2,28 @@
 
 Every inner neuron is set to high values; those that then move almost all images to one label are
 candidates. For the most promising, triggers are optimised that raise them; where such a trigger
-sends most clean images to the label (REASR), the model has a backdoor.
+sends most clean images to the label (REASR), the model has a backdoor. A repair stamps a fifth of
+the clean images with the trigger of the highest REASR and trains the model for an epoch to give all
+images their own classes.
 
 Source: Liu et al. 2019, ABS (Artificial Brain Stimulation), CCS, and its published code: 20
     candidates, of the first ten at most three per layer; triggers optimised on a third of the
     images; those from 60 % there on are tried on all. Both of the paper's forms are searched: its
     patches (pixel space) and its filters (feature space). Its bound for CIFAR-10 is 0.88, that of
-    the code 0.8.
+    the code 0.8. The paper does not repair: unlearning is the baseline of DECK (Tao et al.,
+    supplement), with Neural Cleanse's settings (Wang et al. 2019).
 Departs: as in the trigger families `abs` and `abs_filter`. What is tried on all is tried on the
     whole clean set, however many images triggers are optimised on. The bound was set on the
-    authors' models: calibrate it, or `pixels`, on clean models of your own.
+    authors' models: calibrate it, or `pixels`, on clean models of your own. Repairs stamp the best
+    trigger of both forms, where DECK speaks of filters (form=filter), and whether or not its REASR
+    is above the bound, since DECK names none. Rate and augmentation as in `nc`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -29,6 +38,7 @@ from arena.core.models import Classifier
 from arena.core.registry import method, param
 from arena.core.seeding import draw_seed
 from arena.core.training import check_clean, to_float
+from arena.core.unlearning import unlearn
 
 _PROMISING = 0.6  # success on its own images from which a trigger is tried on all
 _NEVER = 2.0  # success asked for: none is enough, so that the last trigger counts, as in the code
@@ -54,17 +64,71 @@ class ABS:
         0.88, "REASR above which a model has a backdoor", low=0, high=1, source="paper; code 0.8"
     )
 
+    unflagged: str = param(
+        "best",
+        "what is repaired where REASR is not above the threshold; best: the best trigger all the "
+        "same",
+        choices=("best", "nothing"),
+        source="DECK",
+    )
+    share: float = param(
+        0.2, "share of the clean images that is stamped to unlearn", low=0, high=1, source="DECK"
+    )
+    epochs: int = param(1, "passes over the clean images to unlearn", low=0, source="NC")
+    lr: float = param(0.01, "learning rate, constant", above=0, source="BackdoorBench")
+    batch: int = param(64, "images per update; a smaller set lowers it", low=2, source="NAD")
+    crop: int = param(0, "random shift, in pixels; 0: none", low=0)
+    flip: bool = param(False, "every image alternates with its mirror image")
+    weight_decay: float = param(1e-4, "on all weights", low=0, source="NAD")
+    momentum: float = param(0.9, "Nesterov", low=0, high=0.999, source="NAD")
+
     def scan(self, model: Classifier, clean: Images, rng: Generator) -> Verdict:
         check_clean(clean, model)
         classes = model.spec.classes
+        best, per_class = Verdict(0.0), torch.full((classes,), torch.nan, dtype=torch.float64)
+        for family, one, score in self._inverted(model, clean, rng):
+            target = one.problem.target
+            per_class[target] = torch.fmax(per_class[target], torch.tensor(score).double())
+            if score > best.score:
+                best = Verdict(score)
+                if score > self.threshold:
+                    best = Verdict(score, target, None, shown(family, one, clean))
+        return best._replace(per_class=per_class)
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        check_clean(clean, model)
+        least = self.threshold if self.unflagged == "nothing" else 0.0
+        found = [each for each in self._inverted(model, clean, rng) if each[2] > least]
+        model = deepcopy(model).eval()
+        if found:
+            family, best, _ = max(found, key=lambda each: each[2])
+            unlearn(
+                model,
+                clean,
+                [partial(stamped, family, best.trigger)],
+                rng,
+                share=self.share,
+                epochs=self.epochs,
+                lr=self.lr,
+                batch=self.batch,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                crop=self.crop,
+                flip=self.flip,
+            )
+        return model
+
+    def _inverted(
+        self, model: Classifier, clean: Images, rng: Generator
+    ) -> Iterator[tuple[Family, Found, float]]:
+        """A trigger for each candidate neuron and form, and its REASR."""
         frozen, seed = Frozen(model), draw_seed(rng)
         neurons = analysed(frozen, clean, seed, self.seeds)
         problems = [neurons.problem(one) for one in neurons.candidates(self.top)]
-        best, per_class = Verdict(0.0), torch.full((classes,), torch.nan, dtype=torch.float64)
         if not problems:
-            return best._replace(per_class=per_class)
-        fewest = int(torch.bincount(clean.y.cpu(), minlength=classes).min())
-        own = min(self.samples // 3, fewest * (classes - 1))
+            return
+        fewest = int(torch.bincount(clean.y.cpu(), minlength=model.spec.classes).min())
+        own = min(self.samples // 3, fewest * (model.spec.classes - 1))
         specs = {"patch": f"abs:pixels={self.pixels}", "filter": "abs_filter"}
         for form in ("patch", "filter") if self.form == "both" else (self.form,):
             family = families.build(specs[form])
@@ -75,15 +139,8 @@ class ABS:
                 frozen, family, problems, clean, search, seed=seed, what="scanning", guide=guide
             )
             for one in found:
-                target, score = one.problem.target, one.asr
-                if score >= _PROMISING:
-                    score = reasr(frozen, family, one, clean)
-                per_class[target] = torch.fmax(per_class[target], torch.tensor(score).double())
-                if score > best.score:
-                    best = Verdict(score)
-                    if score > self.threshold:
-                        best = Verdict(score, target, None, shown(family, one, clean))
-        return best._replace(per_class=per_class)
+                promising = one.asr >= _PROMISING
+                yield family, one, reasr(frozen, family, one, clean) if promising else one.asr
 
 
 @torch.no_grad()

@@ -175,7 +175,8 @@ def of_file(file: Path, how: Upsampling) -> Codec:
 
     try:
         kept = {key: value.float() for key, value in load_file(file).items()}
-        codec = Codec(len(kept["encoder.mean"]), how)
+        with torch.random.fork_rng(devices=[]):  # layers draw weights, which are overwritten
+            codec = Codec(len(kept["encoder.mean"]), how)
         codec.encoder.load_state_dict(_below(kept, "encoder"))
         codec.decoder.load_state_dict(_below(kept, how))
     except (SafetensorError, KeyError, RuntimeError, OSError) as error:

@@ -1,0 +1,201 @@
+"""Mode connectivity repair: halfway along a curve of good networks from the victim to a tuned copy.
+
+The weights phi(t) = (1-t)^2 w1 + 2t(1-t) w + t^2 w2 form a curve from the victim w1 to its
+fine-tuned copy w2. The middle w is trained on clean images, every batch at a random point of the
+curve, so that all points classify well; points away from both ends have much in them that never
+saw the trigger. Of those that classify about as well as the best, the one nearest to t = 1/2 is
+the result.
+
+Source: Zhao et al. 2020, ICLR, arXiv 2005.00060; the curve is that of Garipov et al. 2018, arXiv
+    1802.10026. Official code: github.com/IBM/model-sanitization. The tuned copy as second end:
+    DECK.
+Departs: the paper joins two backdoored models and reads t in [0.1, 0.4] off test accuracy and ASR;
+    DECK takes the best clean accuracy, which is the victim's own near t = 0. Here held-out clean
+    images decide which points are within `max_drop` of the best, and distance from both ends which
+    of them is taken. An epoch is one pass over the clean images; the code's loader repeats them
+    until it has 10,000 to 50,000, which makes its 100 epochs several hundred passes. The rate falls
+    from the middle of the run to its end (code: to 90 %), momentum is Nesterov, and all but the
+    trained weights are as in the victim. The curve's own running statistics are thrown away: for
+    every point they are computed anew.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from arena.core.contracts import Images, Step
+from arena.core.features import reestimate_batchnorm
+from arena.core.models import Classifier
+from arena.core.progress import report
+from arena.core.registry import BadInput, method, param
+from arena.core.seeding import draw_seed, stream
+from arena.core.training import Recipe, accuracy, check_clean, finetuning, fit, split
+
+POINTS = 20  # the curve is looked at in steps of 1/POINTS, without its ends
+
+
+@method
+class ModeConnectivityRepair:
+    epochs: int = param(
+        100, "passes of the curve's training over the clean images", low=0, source="code"
+    )
+    lr: float = param(0.01, "first learning rate of the curve", above=0, source="code")
+    batch: int = param(
+        128, "images per update of the curve; a smaller set lowers it", low=2, source="code"
+    )
+    weight_decay: float = param(1e-4, "on the weights at each batch's point", low=0, source="code")
+    momentum: float = param(0.9, "Nesterov, on the curve and in fine-tuning", low=0, high=0.999)
+    crop: int = param(4, "random shift, in pixels; 0: none", low=0, source="code, NAD")
+    tune_epochs: int = param(10, "passes of the fine-tuning that makes the end", low=0)
+    tune_lr: float = param(0.01, "first learning rate of the fine-tuning", above=0)
+    tune_decay_every: int = param(
+        2, "epochs after which the fine-tuning's rate is divided by ten", low=1, source="NAD"
+    )
+    tune_batch: int = param(
+        64, "images per update of the fine-tuning; a smaller set lowers it", low=2, source="NAD"
+    )
+    tune_cutout: int = param(
+        9, "side of the black square in every image of the fine-tuning, in pixels; 0: none", low=0
+    )
+    t: float | None = param(
+        None,
+        "the point that is taken; none: chosen on held-out images",
+        low=0,
+        high=1,
+        source="paper 0.1 to 0.4; BackdoorBench 0.1",
+    )
+    max_drop: float = param(
+        0.04, "accuracy that a point may lack to the best on the held-out images", low=0, high=1
+    )
+    held_out: float = param(
+        0.2, "share of the clean images that only chooses the point", low=0.01, high=0.99
+    )
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        check_clean(clean, model)
+        held, tune = split(clean, self.held_out, rng)
+        if not len(held) or len(tune) < 2:
+            raise BadInput(
+                f"mcr: of {len(clean)} clean images {len(held)} would be held out and "
+                f"{len(tune)} trained on; give more images or another held_out."
+            )
+        end = self.tuned(model, tune, rng)
+        curve = Curve(model, end, stream(draw_seed(rng), "points"))
+        self.train(curve, tune, rng)
+        model = deepcopy(model).eval()
+        t = self.t
+        if t is None:
+            accuracies = []
+            for point in range(1, POINTS):
+                curve.place(model, point / POINTS, tune)
+                accuracies.append(accuracy(model, held))
+                report("choosing a point", point, POINTS - 1, accuracy=accuracies[-1])
+            t = furthest(accuracies, self.max_drop)
+        curve.place(model, t, tune)
+        return model
+
+    def tuned(self, model: Classifier, images: Images, rng: Generator) -> Classifier:
+        """The fine-tuned copy of `model` at t = 1."""
+        plan = finetuning(
+            epochs=self.tune_epochs,
+            lr=self.tune_lr,
+            decay_every=self.tune_decay_every,
+            batch=self.tune_batch,
+            momentum=self.momentum,
+            weight_decay=1e-4,
+            crop=self.crop,
+            cutout=self.tune_cutout,
+        )
+        end = deepcopy(model)
+        fit(end, images, plan, rng, what="fine-tuning")
+        return end
+
+    def train(self, curve: Curve, images: Images, rng: Generator) -> None:
+        """Train the middle of `curve`, in place."""
+
+        def decay(_: Step) -> Tensor:
+            return 0.5 * self.weight_decay * curve.squares()
+
+        plan = Recipe(
+            epochs=self.epochs,
+            batch=self.batch,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=0.0,  # of the middle; what decays is the point
+            label_smoothing=0.0,
+            schedule="triangle",  # constant for half of the run, then linear down
+            warmup=0.5,
+            start_lr=1.0,
+            final_lr=0.01,
+            crop=self.crop,
+            border="zero",
+        )
+        fit(curve, images, plan, rng, extra_loss=decay, what="curve")
+
+
+class Curve(nn.Module):
+    """The quadratic Bézier curve between the trained weights of two models of one architecture.
+
+    Every forward pass runs at a point of its own, t ~ U(0, 1) drawn from `draws` (CPU). The only
+    parameters are those of `middle`, which starts halfway on the straight line.
+    """
+
+    def __init__(self, start: Classifier, end: Classifier, draws: Generator) -> None:
+        super().__init__()
+        self.draws = draws
+        self.middle = deepcopy(start).to(memory_format=torch.channels_last)
+        # plain dicts: never parameters; laid out in memory as the middle is
+        self.start = {name: weight.clone() for name, weight in _trained(self.middle).items()}
+        self.end = _trained(end)
+        self.now: dict[str, Tensor] = {}  # the weights of the last pass
+        with torch.no_grad():
+            for name, weight in _trained(self.middle).items():
+                weight.copy_((self.start[name] + self.end[name]) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.now = self.at(float(torch.rand((), generator=self.draws)))
+        logits: Tensor = functional_call(self.middle, self.now, (x,))
+        return logits
+
+    def at(self, t: float) -> dict[str, Tensor]:
+        """Name -> weight at `t`, for the trained weights."""
+        middle = {n: w for n, w in self.middle.named_parameters() if n in self.start}
+        return {
+            name: (1 - t) ** 2 * self.start[name] + 2 * t * (1 - t) * weight + t**2 * self.end[name]
+            for name, weight in middle.items()
+        }
+
+    def squares(self) -> Tensor:
+        """Sum of the squares of the last pass's weights."""
+        return torch.stack([weight.square().sum() for weight in self.now.values()]).sum()
+
+    @torch.no_grad()
+    def place(self, model: Classifier, t: float, images: Images) -> None:
+        """Give `model` the weights at `t` and the batch statistics of `images` there."""
+        weights = self.at(t)
+        for name, weight in model.named_parameters():
+            if name in weights:
+                weight.copy_(weights[name])
+        reestimate_batchnorm(model, images)
+
+
+def furthest(accuracies: list[float], max_drop: float) -> float:
+    """The t nearest to 1/2 among the evenly spaced points whose accuracy is within `max_drop` of
+    the best. Of two at the same distance the better one, else the one farther from the victim.
+
+    accuracies: at 1/n, 2/n … (n-1)/n.
+    """
+    n = len(accuracies) + 1
+    floor = max(accuracies) - max_drop - 1e-9  # the drop itself is within the limit
+    eligible = [k for k in range(1, n) if accuracies[k - 1] >= floor]
+    best = min(eligible, key=lambda k: (abs(2 * k - n), -accuracies[k - 1], -k))
+    return best / n
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> trained weight, without its history; shares memory with the model."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
