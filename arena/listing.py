@@ -222,21 +222,25 @@ def _method(method: Method) -> Line:
             }
             for field in method.fields
         ],
-        "example": f"{_asked(method)} {method.name}{':' if example else ''}{example}",
+        "example": " or ".join(
+            f"{words} {method.name}{':' if example else ''}{example}" for words in _asked(method)
+        ),
         "file": method.path,
     }
 
 
-def _asked(method: Method) -> str:
-    """The words of a command line before the method's spec."""
+def _asked(method: Method) -> list[str]:
+    """The words of a command line before the method's spec, for each of its powers."""
     if method.kind == "trigger family":
-        return "arena distance CELL --method"
+        return ["arena distance CELL --method"]
     if method.kind == "measure":
-        return "arena run --measure"
-    for power, words in (("repairs", "-D"), ("scans", "arena scan CELL --method")):
-        if power in method.powers:
-            return words
-    return "arena detect CELL --method" if "detects" in method.powers else "-a"
+        return ["arena run --measure"]
+    powers = {
+        "repairs": "-D",
+        "scans": "arena scan CELL --method",
+        "detects": "arena detect CELL --method",
+    }
+    return [words for power, words in powers.items() if power in method.powers] or ["-a"]
 
 
 def _dataset(info: DatasetInfo) -> Line:

@@ -325,7 +325,9 @@ def test_info_says_how_each_kind_of_method_is_asked() -> None:
         for name in ("pixel", "finetune", "spectral", "sig", "nc", "pgd")
         for entry in listing.describe(name)["found"]
     }
-    assert found["pixel", "defense"].startswith("arena scan CELL --method pixel")
+    repaired, scanned = found["pixel", "defense"].split(" or ")
+    assert repaired.startswith("-D pixel:")
+    assert scanned.startswith("arena scan CELL --method pixel:")
     assert found["pixel", "trigger family"].startswith("arena distance CELL --method pixel")
     assert found["spectral", "defense"].startswith("arena detect CELL --method spectral")
     assert found["finetune", "defense"].startswith("-D finetune")
