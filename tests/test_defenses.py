@@ -114,7 +114,7 @@ def test_repair_returns_the_same_architecture_in_plain_weights(name, planted, cl
     assert close, "the repair is more than its weights"
 
 
-@pytest.mark.parametrize("name", ["retrain", "finetune", "fine_pruning"])
+@pytest.mark.parametrize("name", [name for name in REPAIRS if name in SMALL])
 def test_a_clean_set_that_cannot_be_used_is_named(name, planted, clean, rng):
     defense = small(name)
     with pytest.raises(BadInput, match=r"of \d+ images has none of class 2; give it at least one"):
