@@ -16,9 +16,10 @@ from arena.core import metrics, poisoning, training
 from arena.core.contracts import ControlsTraining, Poisoned, Trigger
 from arena.core.models import Classifier
 from arena.core.recipes import recipe_for
-from arena.core.registry import attacks, defenses, spec_of
+from arena.core.registry import BadInput, attacks, defenses, spec_of
 from arena.core.seeding import stream
 from arena.core.victims import bound
+from arena.core.whole import share_refusal
 from arena.data import Dataset, draw_clean
 
 
@@ -74,6 +75,8 @@ def train(
 def repair(victim: Victim, defense: str | Any, *, clean_share: float = 0.05) -> Repaired:
     """Repair the victim with a defense that gets the weights and a clean set, and nothing else."""
     method = defenses.build(defense) if isinstance(defense, str) else defense
+    if refusal := share_refusal(method, clean_share):
+        raise BadInput(refusal)
     data, rows = victim.data.train, victim.poisoned.rows
     chosen = draw_clean(
         data.y, clean_share, stream(victim.seed, "clean"), exclude=rows[rows < len(data)]

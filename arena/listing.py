@@ -627,7 +627,7 @@ def repairs(found: Mapping[str, Any]) -> str:
     for row in found["repairs"]:
         name = f"**{row['defense']}**" if row["defense"] == found["recommended"] else row["defense"]
         if row["status"] != "ok":
-            rows.append([name, *[""] * (len(head) - 2), row["reason"]])
+            rows.append([name, *[""] * (len(head) - 2), row["reason"].replace("|", "\\|")])
             continue
         rows.append([name, *_repaired(row, scanned), f"{row['budget']['seconds']:.0f}", ""])
     table = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from arena import scanning
 from arena.core import training
 from arena.core.registry import BadInput, defenses, nearest, short_spec, spec_of
-from arena.runner import share_refusal
+from arena.core.whole import share_refusal
 from arena.store import Store
 from arena.subjects import Subject, ask, digest, with_weights
 

@@ -47,6 +47,7 @@ from arena.core.registry import (
     split_spec,
 )
 from arena.core.seeding import stream
+from arena.core.whole import share_refusal
 from arena.data import Dataset
 from arena.measuring import Asked, entry, failure, key_of, lacking
 from arena.referee import isolate
@@ -197,17 +198,6 @@ def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
         tuple(sorted(victims, key=lambda victim: (victim.seed, victim.twin is not None))),
         tuple(sorted(cells, key=lambda c: (c.victim.seed, c.twin_cell is not None))),
         measures,
-    )
-
-
-def share_refusal(defense: Any, share: float) -> str:
-    """Why a defense cannot work with this share of clean images; empty where it can."""
-    need: float = getattr(defense, "needs_share", 0.0)
-    if share >= need:
-        return ""
-    return (
-        f"{short_spec(defense)} trains on {need:.0%} of the training images: set the share of "
-        f"clean images (clean_share, --clean-share) to {need:g}, not {share:g}."
     )
 
 

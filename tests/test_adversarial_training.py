@@ -4,59 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+import toys
 
 from arena.core import models
 from arena.core.adversarial import robust_accuracy
 from arena.core.contracts import Images
 from arena.core.models import Classifier
-from arena.core.networks import Network
 from arena.core.registry import BadInput, defenses
 from arena.core.seeding import stream
 from arena.core.training import accuracy
 from arena.defenses import adversarial
 
-SIDE = 8
-
-
-class Linear(nn.Module):
-    """A linear classifier behind two layers that only pass images on."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.one, self.two, self.three = nn.Identity(), nn.Identity(), nn.Flatten()
-        self.head = nn.Linear(SIDE * SIDE, classes)
-
-    def forward(self, x):
-        return self.head(self.three(self.two(self.one(x))))
+SIDE = toys.LINEAR_SIDE
 
 
 @pytest.fixture
 def model(monkeypatch) -> Classifier:
-    network = Network(
-        build=lambda classes, _: Linear(classes),
-        levels=("one", "two", "three"),
-        head="head",
-        summary="a linear network",
-        source="this file",
-        overrides={"smoke": {"lr": 0.1, "crop": 0, "flip": False}},
-        sides=(8, 8),
-    )
-    monkeypatch.setitem(models._catalogue(), "linear", network)
+    monkeypatch.setitem(models._catalogue(), "linear", toys.LINEAR)
     return models.build("linear", 2, (1, SIDE, SIDE), stream(0, "linear"))
 
 
 @pytest.fixture
 def data() -> Images:
-    """Pixel 0 tells the class with a wide margin, 63 others with a narrow one that together says
-    more; only the first survives changes of 0.1 (25.5/255)."""
-    y = torch.arange(300) % 2
-    sign = (2 * y - 1).float()[:, None]
-    x = 0.5 + 0.05 * torch.randn(300, SIDE * SIDE, generator=stream(0, "x"))
-    x[:, 1:] += 0.08 * sign
-    x[:, :1] += 0.3 * sign
-    x = (x.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Images(x.view(-1, 1, SIDE, SIDE), y)
+    return toys.margins()
 
 
 def test_a_network_becomes_robust(model, data):

@@ -10,7 +10,7 @@ import torch
 import toys
 from torch import Tensor, nn
 
-from arena.core import features
+from arena.core import features, pruning
 from arena.core.contracts import Images, Repairs
 from arena.core.models import Classifier
 from arena.core.registry import BadInput, defenses
@@ -204,8 +204,8 @@ def test_fine_pruning_undoes_the_step_that_costs_too_much(max_drop, kept, plante
 def test_fine_pruning_measures_the_pruned_model(whole, planted, clean, monkeypatch):
     """Both ways of counting agree with a model whose channels are masked."""
     if whole:  # pretend that something follows the head
-        watch = fine_pruning._watch_inputs
-        monkeypatch.setattr(fine_pruning, "_watch_inputs", lambda *a: (watch(*a)[0], -watch(*a)[1]))
+        read = pruning.head_inputs
+        monkeypatch.setattr(pruning, "head_inputs", lambda *a: (read(*a)[0], read(*a)[1].neg()))
     order = torch.tensor([4, 1, 0, 2])
     mask, expected = torch.ones(5), [accuracy(planted, clean)]
     for channel in order:

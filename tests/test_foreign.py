@@ -17,6 +17,7 @@ from arena.core.features import fold_mask, masked
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput
 from arena.core.seeding import stream
+from arena.core.whole import planned, started
 from arena.data import load
 from arena.subjects import of_checkpoint
 
@@ -190,6 +191,15 @@ def test_a_factory_s_model_is_examined_in_a_process_of_its_own(net, weights, tmp
     done = arena("distance", *words, *some, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["pairs"] == 1
+
+
+def test_it_is_trained_further_but_not_made_anew(net, weights):
+    subject = of_checkpoint(weights, f"{net}:make", SIGNS)
+    with pytest.raises(BadInput, match="cannot be made anew with other weights; use start=model"):
+        started(subject.model, subject.data.train, "scratch", stream(0, "anew"))
+    copied = started(subject.model, subject.data.train, "model", stream(0, "anew"))
+    assert copied is not subject.model
+    assert planned(copied, "smoke", 3, None).epochs == 3
 
 
 # ------------------------------------------------------------------------------------------ pickles

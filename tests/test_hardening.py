@@ -329,6 +329,14 @@ def test_universal_triggers_take_classes_in_turn(planted):
         assert (images.y[rows] != target).all()
 
 
+def test_a_batch_without_a_class_is_stamped_all_the_same(planted):
+    """As usual where there are many classes."""
+    hook = Universal(Inverter(planted, families.build("nc")), Pace(first=5, more=2, portion=0.5))
+    images = batch(60)
+    images = images.take(images.y != 2)
+    assert len(changed(images, hook(images, stream(0, "d")))) == int(0.5 * (images.y != 0).sum())
+
+
 # ------------------------------------------------------------------------------------- the defenses
 
 

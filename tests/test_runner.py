@@ -692,3 +692,9 @@ def test_among_others_it_is_a_row_with_a_reason(store, monkeypatch):
     record = Runner(plan, store)._defend(cell_of(plan, "patch", "finetune"), "cpu", {})
     assert record["status"] == "not_applicable"
     assert "50% of the training images" in record["reason"]
+
+
+def test_from_python_it_is_refused_too(monkeypatch):
+    monkeypatch.setattr(FineTune, "needs_share", 1.0, raising=False)
+    with pytest.raises(BadInput, match=r"to 1, not 0\.05"):
+        api.repair(None, "finetune")

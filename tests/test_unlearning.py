@@ -11,7 +11,7 @@ import torch
 import toys
 from torch import Tensor
 
-from arena.core import features, training, unlearning
+from arena.core import features, pruning, training, unlearning
 from arena.core.contracts import Images, Repairs, Scans
 from arena.core.inversion.engine import Found, Problem
 from arena.core.inversion.families import families
@@ -174,11 +174,11 @@ def test_every_trigger_must_stop_working(planted, clean, rng):
 @pytest.mark.parametrize("whole", [False, True], ids=["from the head on", "whole passes"])
 def test_silencing_is_masking(whole, planted, clean, monkeypatch):
     if whole:  # pretend that something follows the head
-        read = unlearning._head_inputs
-        monkeypatch.setattr(unlearning, "_head_inputs", lambda *a: (read(*a)[0], read(*a)[1].neg()))
+        read = pruning.head_inputs
+        monkeypatch.setattr(pruning, "head_inputs", lambda *a: (read(*a)[0], read(*a)[1].neg()))
     order, mask = torch.tensor([4, 1, 0]), torch.ones(5)
     x = torch.cat([clean.x, (toys.stamp(clean.x / 255) * 255).round().to(torch.uint8)])
-    found = list(unlearning.silencings(planted, x, order, 5))
+    found = list(pruning.silencings(planted, x, order, 5))
     assert len(found) == 4
     assert torch.equal(found[0], logits(planted, x).argmax(1))
     for channel, answers in zip(order, found[1:], strict=True):

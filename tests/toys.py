@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from arena.core.contracts import Images
 from arena.core.models import Classifier, ModelSpec
 from arena.core.networks import Network
+from arena.core.seeding import stream
 from arena.core.training import logits
 
 CLASSES, SIDE, TARGET, CHANNEL = 4, 16, 0, 4
@@ -104,3 +105,44 @@ def success(model: nn.Module, clean: Images) -> float:
     """ASR: share of the stamped images of other classes that become the target's, in [0, 1]."""
     others = clean.x[clean.y != TARGET] / 255
     return float((logits(model, stamp(others)).argmax(1) == TARGET).double().mean())
+
+
+# ---- a linear network, and data on which what is robust and what is accurate differ
+
+LINEAR_SIDE = 8
+
+
+class Linear(nn.Module):
+    """A linear classifier behind two layers that only pass images on."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.one, self.two, self.three = nn.Identity(), nn.Identity(), nn.Flatten()
+        self.head = nn.Linear(LINEAR_SIDE**2, classes)
+
+    def forward(self, x):
+        return self.head(self.three(self.two(self.one(x))))
+
+
+LINEAR = Network(
+    build=lambda classes, _: Linear(classes),
+    levels=("one", "two", "three"),
+    head="head",
+    summary="a linear network",
+    source="this file",
+    overrides={"smoke": {"lr": 0.1, "crop": 0, "flip": False}},
+    sides=(LINEAR_SIDE, LINEAR_SIDE),
+)
+
+
+def margins() -> Images:
+    """Pixel 0 tells the class with a wide margin, 63 others with a narrow one that together says
+    more; only the first survives changes of 0.1 (25.5/255)."""
+    pixels = LINEAR_SIDE**2
+    y = torch.arange(300) % 2
+    sign = (2 * y - 1).float()[:, None]
+    x = 0.5 + 0.05 * torch.randn(300, pixels, generator=stream(0, "x"))
+    x[:, 1:] += 0.08 * sign
+    x[:, :1] += 0.3 * sign
+    x = (x.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Images(x.view(-1, 1, LINEAR_SIDE, LINEAR_SIDE), y)

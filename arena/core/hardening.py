@@ -13,6 +13,7 @@ Departs: where a class of a batch has too few images for the portion, one of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -65,7 +66,7 @@ def hardened(
 
     stamp_for: the copy and the images that it trains on -> the hook that stamps float batches.
     max_drop: accuracy on held-out images that the training may cost, in [0, 1].
-    Raises BadInput where the clean set is too small to hold images of all classes out.
+    Raises BadInput where the clean set is too small to hold images out.
     """
     training.check_clean(clean, model)
     held, tune = training.split(clean, min(held_out, _HELD_OUT / len(clean)), rng)
@@ -158,16 +159,16 @@ class Inverter:
 
         factor: on the family's first weight on sizes.
         """
-        counts = torch.bincount(images.y.cpu(), minlength=self.model.spec.classes)
+        counts = torch.bincount(images.y.cpu(), minlength=self.model.spec.classes).tolist()
         x = images.x
         if x.dtype != torch.uint8:
             x = (x * 255).round().to(torch.uint8)
-        least = min(int(counts[own].min()) for own in map(self._victims, problems))
+        victims = [self._victims(problem, counts) for problem in problems]
+        least = min(counts[label] for own in victims for label in own)
         each = least if samples is None else min(samples, least)
-        victims = len(self._victims(problems[0]))
         search = replace(
             self.family.usual,
-            samples=each * victims,
+            samples=each * len(victims[0]),
             steps=passes,
             asr=asr,
             cost=self.family.usual.cost * factor,
@@ -177,10 +178,12 @@ class Inverter:
             seed=draw_seed(rng), starts=starts, what=None,
         )  # fmt: skip
 
-    def _victims(self, problem: Problem) -> list[int]:
+    @staticmethod
+    def _victims(problem: Problem, counts: Sequence[int]) -> list[int]:
+        """The classes that a problem is for; of a universal one, those that have images."""
         if problem.victim is not None:
             return [problem.victim]
-        return [label for label in range(self.model.spec.classes) if label != problem.target]
+        return [label for label, n in enumerate(counts) if n and label != problem.target]
 
     def stamp(self, images: Images, rows: Tensor, trigger: State) -> Images:
         """A float batch with `trigger` on the images at `rows` (K,), labels as they were."""
@@ -216,8 +219,7 @@ class Universal:
     def __call__(self, images: Images, rng: Generator) -> Images:
         target, self.turn = self.turn % self.classes, self.turn + 1
         others = (images.y != target).nonzero().flatten()
-        present = torch.bincount(images.y.cpu(), minlength=self.classes) > 0
-        if not bool(present.all()):  # a small batch of many classes
+        if not len(others):
             return images
         before = self.last.get(target) if self.pace.reuse else None
         good = before is not None and before.size is not None
@@ -281,7 +283,7 @@ class Scheduler:
         if size <= 0:
             return
         before = float(self.size[way])
-        gain = 0.0 if before != before or before <= 0 else (size - before) / before
+        gain = 0.0 if math.isnan(before) or before <= 0 else (size - before) / before
         self.growth[way] = (float(self.growth[way]) + gain) / 2
         self.size[way] = size
 
@@ -437,3 +439,52 @@ class Pairs:
             known = [size for size in sizes if size]
             if known:
                 self.scheduler.grown(way, sum(known) / len(known))
+
+
+# -------------------------------------------------------------------------------------- as defenses
+
+
+def by_classes(
+    model: Classifier,
+    clean: Images,
+    rng: Generator,
+    family: Family,
+    pace: Pace,
+    *,
+    updates: int,
+    max_drop: float,
+    batch: int,
+    lr: float,
+) -> Classifier:
+    """`hardened` with universal triggers."""
+    return hardened(
+        model, clean, rng, lambda copy, _: Universal(Inverter(copy, family), pace),
+        updates=updates, max_drop=max_drop, batch=batch, lr=lr,
+    )  # fmt: skip
+
+
+def by_pairs(
+    model: Classifier,
+    clean: Images,
+    rng: Generator,
+    family: Family,
+    pace: Pace,
+    scheduler: Scheduler,
+    *,
+    updates: int,
+    max_drop: float,
+    batch: int,
+    lr: float,
+    symmetric: bool = True,
+    warm_up: str = "universal",
+    warm_passes: int = 500,
+) -> Classifier:
+    """`hardened` with triggers between two classes, as `Pairs` has them."""
+
+    def hook(copy: Classifier, tune: Images) -> BatchHook:
+        return Pairs(
+            Inverter(copy, family), pace, scheduler, tune,
+            symmetric=symmetric, warm_up=warm_up, warm_passes=warm_passes,
+        )  # fmt: skip
+
+    return hardened(model, clean, rng, hook, updates=updates, max_drop=max_drop, batch=batch, lr=lr)

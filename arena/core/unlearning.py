@@ -5,21 +5,22 @@ Source: Wang et al. 2019, S&P, Neural Cleanse, section VI, B (pruning) and C (un
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn import functional as F
+from torch import Generator
 
 from arena.core.contracts import ImageMap, Images
-from arena.core.features import fold_mask, masked, mean_activation
+from arena.core.features import fold_mask, mean_activation
 from arena.core.models import Classifier
 from arena.core.poisoning import stamp
 from arena.core.progress import report
+from arena.core.pruning import silencings
 from arena.core.registry import BadInput
-from arena.core.training import Recipe, device_of, fit, logits, split, to_float
+from arena.core.training import Recipe, fit, split
 
-_BATCH = 500
+_FIELDS = ("share", "epochs", "lr", "batch", "momentum", "weight_decay", "crop", "flip")
 
 
 def partly_stamped(
@@ -72,6 +73,11 @@ def unlearn(
         flip=flip,
     )
     fit(model, partly_stamped(clean, stamps, share, rng), plan, rng, what="unlearning")
+
+
+def settings(method: Any) -> dict[str, Any]:
+    """What a method's fields say of unlearning: keyword arguments of `unlearn`."""
+    return {name: getattr(method, name) for name in _FIELDS}
 
 
 def check_held_out(clean: Images, share: float, method: str) -> None:
@@ -131,49 +137,3 @@ def prune(
     mask = torch.ones_like(rise)
     mask[order[:silent]] = 0
     fold_mask(model, mask)
-
-
-@torch.no_grad()
-def silencings(model: Classifier, x: Tensor, order: Tensor, channels: int) -> Iterator[Tensor]:
-    """The classes (N,) given to `x` with none, the first, the first two … of `order` silenced.
-
-    x: (N, C, H, W) uint8; order: of the deep level's `channels`; model: in evaluation mode. Where
-    nothing but the head lies behind the deep level the model runs once, since the head's scores are
-    sums over channels; else once for every channel.
-    """
-    head = model.get_submodule(model.head)
-    inputs, answers = _head_inputs(model, head, x)
-    assert isinstance(head, nn.Linear | nn.Conv2d)
-    weight = head.weight.flatten(1)  # (classes, D)
-    scores = F.linear(inputs, weight, head.bias) if inputs.shape[1] == weight.shape[1] else None
-    if scores is not None and torch.equal(scores.argmax(1), answers):
-        width = weight.shape[1] // channels  # columns of the head per channel
-        yield answers
-        for first in (order * width).tolist():
-            columns = slice(first, first + width)
-            scores -= inputs[:, columns] @ weight[:, columns].T
-            yield scores.argmax(1)
-    else:
-        mask = torch.ones(channels, device=answers.device)
-        yield logits(model, x, _BATCH).argmax(1)
-        for channel in order:
-            mask[channel] = 0
-            with masked(model, mask):
-                found = logits(model, x, _BATCH).argmax(1)
-            yield found
-
-
-def _head_inputs(model: Classifier, head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What `head` reads (N, D), averaged over places if it is a map, and the classes given (N,)."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].flatten(2).mean(2) if args[0].ndim > 2 else args[0])
-
-    device = device_of(model)
-    hook = head.register_forward_pre_hook(keep)
-    try:
-        answers = [model(to_float(part.to(device))).argmax(1) for part in x.split(_BATCH)]
-    finally:
-        hook.remove()
-    return torch.cat(seen), torch.cat(answers)

@@ -38,7 +38,7 @@ from arena.core.models import Classifier
 from arena.core.registry import method, param
 from arena.core.seeding import draw_seed
 from arena.core.training import check_clean, to_float
-from arena.core.unlearning import unlearn
+from arena.core.unlearning import settings, unlearn
 
 _PROMISING = 0.6  # success on its own images from which a trigger is tried on all
 _NEVER = 2.0  # success asked for: none is enough, so that the last trigger counts, as in the code
@@ -102,20 +102,8 @@ class ABS:
         model = deepcopy(model).eval()
         if found:
             family, best, _ = max(found, key=lambda each: each[2])
-            unlearn(
-                model,
-                clean,
-                [partial(stamped, family, best.trigger)],
-                rng,
-                share=self.share,
-                epochs=self.epochs,
-                lr=self.lr,
-                batch=self.batch,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-                crop=self.crop,
-                flip=self.flip,
-            )
+            trigger = partial(stamped, family, best.trigger)
+            unlearn(model, clean, [trigger], rng, **settings(self))
         return model
 
     def _inverted(

@@ -26,6 +26,7 @@ from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.registry import method, param
 from arena.core.training import Recipe, check_clean, fit, recipe
+from arena.core.whole import planned, started
 
 
 @method
@@ -67,11 +68,8 @@ class AdversarialTraining:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         check_clean(clean, model)
-        if self.start == "model":
-            trained = deepcopy(model)
-        else:
-            trained = models.fresh(model, rng)
-            models.calibrate(trained, clean)
+        trained = started(model, clean, self.start, rng)
+        plan = planned(model, self.recipe, self.epochs, self.lr)
 
         def worst(batch: Images, draws: Generator) -> Images:
             # with the batch statistics of training, as in the pass that follows (and in the
@@ -83,10 +81,5 @@ class AdversarialTraining:
             )  # fmt: skip
             return replace(batch, x=x)
 
-        fit(trained, clean, self._plan(model), rng, on_batch=worst, what="adversarial training")
+        fit(trained, clean, plan, rng, on_batch=worst, what="adversarial training")
         return trained
-
-    def _plan(self, model: Classifier) -> Recipe:
-        usual = recipe(self.recipe, models.info(model.spec.name).overrides.get(self.recipe))
-        plan = replace(usual, label_smoothing=0.0, lr=self.lr or usual.lr)
-        return plan if self.epochs is None else replace(plan, epochs=self.epochs, min_steps=0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from torch import Generator
 
 from arena.core import hardening
-from arena.core.contracts import BatchHook, Images
+from arena.core.contracts import Images
 from arena.core.inversion.engine import Family
 from arena.core.inversion.families import families
 from arena.core.models import Classifier
@@ -72,21 +72,11 @@ class Deck:
             f"deck:decoder={self.decoder},content={self.content!r},ssim={self.ssim!r},"
             f"smooth={self.smooth!r},norm={self.norm!r}"
         )
-
-        def hook(copy: Classifier, tune: Images) -> BatchHook:
-            pace = hardening.Pace(
-                first=self.first, more=self.more, asr=self.asr, portion=self.portion, rise=1.0
-            )
-            return hardening.Pairs(
-                hardening.Inverter(copy, family),
-                pace,
-                hardening.Scheduler(model.spec.classes, self.epsilon),
-                tune,
-                symmetric=self.symmetric,
-                warm_passes=self.warm_passes,
-            )
-
-        return hardening.hardened(
-            model, clean, rng, hook,
+        pace = hardening.Pace(
+            first=self.first, more=self.more, asr=self.asr, portion=self.portion, rise=1.0
+        )
+        return hardening.by_pairs(
+            model, clean, rng, family, pace, hardening.Scheduler(model.spec.classes, self.epsilon),
             updates=self.updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
+            symmetric=self.symmetric, warm_passes=self.warm_passes,
         )  # fmt: skip

@@ -18,14 +18,14 @@ from copy import deepcopy
 from itertools import takewhile
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn import functional as F
+from torch import Generator, Tensor
 
 from arena.core.contracts import Images
 from arena.core.features import fold_mask, masked, mean_activation
 from arena.core.models import Classifier
+from arena.core.pruning import silencings
 from arena.core.registry import BadInput, method, param
-from arena.core.training import accuracy, check_clean, finetuning, fit, split, to_float
+from arena.core.training import check_clean, finetuning, fit, split
 
 
 @method
@@ -81,47 +81,8 @@ class FinePruning:
         return model
 
 
-@torch.no_grad()
 def _accuracies(model: Classifier, held: Images, order: Tensor) -> Iterator[float]:
-    """Accuracy on `held` with none, the first, the first two … channels of `order` silenced.
-
-    The model runs once: behind the deep level comes only the head, whose scores are sums over
-    channels. Where something else follows (another ReLU, say) it runs for every channel.
-    """
-    head = model.get_submodule(model.head)
-    inputs, answers = _watch_inputs(model, head, held.x)
-    assert isinstance(head, nn.Linear | nn.Conv2d)
-    weight = head.weight.flatten(1)  # (classes, D); a 1x1 convolution is averaged over places
-    scores = F.linear(inputs, weight, head.bias)
-    y = held.y.to(scores.device)
-    if scores.shape == answers.shape and torch.equal(scores.argmax(1), answers.argmax(1)):
-        width = weight.shape[1] // (len(order) + 1)  # columns of the head per channel
-        yield float((scores.argmax(1) == y).double().mean())
-        for first in (order * width).tolist():
-            columns = slice(first, first + width)
-            scores -= inputs[:, columns] @ weight[:, columns].T
-            yield float((scores.argmax(1) == y).double().mean())
-    else:
-        mask = torch.ones(len(order) + 1, device=scores.device)
-        yield accuracy(model, held)
-        for channel in order:
-            mask[channel] = 0
-            with masked(model, mask):
-                share = accuracy(model, held)
-            yield share
-
-
-def _watch_inputs(model: Classifier, head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What `head` reads (N, D), averaged over places if it is a map, and the model's logits."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].flatten(2).mean(2) if args[0].ndim > 2 else args[0])
-
-    device = model.normalize.mean.device
-    hook = head.register_forward_pre_hook(keep)
-    try:
-        answers = [model(to_float(part.to(device))) for part in x.split(500)]
-    finally:
-        hook.remove()
-    return torch.cat(seen), torch.cat(answers)
+    """Accuracy on `held` with none, the first, the first two … channels of `order` silenced."""
+    y = held.y.to(order.device)
+    for answers in silencings(model, held.x, order, len(order) + 1):
+        yield float((answers == y).double().mean())

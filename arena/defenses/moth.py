@@ -8,7 +8,7 @@ Source: Tao et al. 2022, S&P, Model Orthogonalization, section IV and algorithm 
     code for rates, passes and portions (section D of the paper for the weights on sizes). Table III
     is its ablation: symmetric, reuse, warm_up=pairs and order=random switch its parts off.
 Departs: `updates` counts batches, of which the paper needs about 800, where the code makes two
-    passes over 48,000 images: of 5 % of them two passes harden 9 of 45 pairs. The paper stops at an
+    passes over 48,000 images: of 5 % of them two passes make 7 rounds, for 45 pairs. The paper stops at an
     accuracy drop, the code never; here the last weights within `max_drop` on held-out images count.
     Batches are shifted and mirrored as in the training of its models. Batch norm learns on, as in
     its first code; its PyTorch version freezes it.
@@ -19,7 +19,7 @@ from __future__ import annotations
 from torch import Generator
 
 from arena.core import hardening
-from arena.core.contracts import BatchHook, Images
+from arena.core.contracts import Images
 from arena.core.inversion.engine import Family
 from arena.core.inversion.families import families
 from arena.core.models import Classifier
@@ -73,26 +73,12 @@ class Moth:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         family: Family = families.build(self.trigger)
-        classes = model.spec.classes
-
-        def hook(copy: Classifier, tune: Images) -> BatchHook:
-            return hardening.Pairs(
-                hardening.Inverter(copy, family),
-                hardening.Pace(
-                    first=self.first,
-                    more=self.more,
-                    asr=self.asr,
-                    portion=self.portion,
-                    reuse=self.reuse,
-                ),
-                hardening.Scheduler(classes, self.epsilon, order=self.order),
-                tune,
-                symmetric=self.symmetric,
-                warm_up=self.warm_up,
-                warm_passes=self.warm_passes,
-            )
-
-        return hardening.hardened(
-            model, clean, rng, hook,
+        pace = hardening.Pace(
+            first=self.first, more=self.more, asr=self.asr, portion=self.portion, reuse=self.reuse
+        )
+        scheduler = hardening.Scheduler(model.spec.classes, self.epsilon, order=self.order)
+        return hardening.by_pairs(
+            model, clean, rng, family, pace, scheduler,
             updates=self.updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
+            symmetric=self.symmetric, warm_up=self.warm_up, warm_passes=self.warm_passes,
         )  # fmt: skip

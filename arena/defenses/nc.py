@@ -38,7 +38,7 @@ from arena.core.inversion.families import families
 from arena.core.models import Classifier
 from arena.core.registry import method, param
 from arena.core.training import check_clean
-from arena.core.unlearning import check_held_out, prune, unlearn
+from arena.core.unlearning import check_held_out, prune, settings, unlearn
 
 
 @method
@@ -112,20 +112,7 @@ class NC:
                 max_drop=self.max_drop,
             )
         elif stamps:
-            unlearn(
-                model,
-                clean,
-                list(stamps.values()),
-                rng,
-                share=self.share,
-                epochs=self.epochs,
-                lr=self.lr,
-                batch=self.batch,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-                crop=self.crop,
-                flip=self.flip,
-            )
+            unlearn(model, clean, list(stamps.values()), rng, **settings(self))
         return model
 
     def _inverted(

@@ -26,8 +26,10 @@ from arena.core import models
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.progress import report
+from arena.core.pruning import head_inputs
 from arena.core.registry import method, param
 from arena.core.training import Recipe, check_clean, device_of, fit, logits, recipe
+from arena.core.whole import started, usual
 
 _LOOKED_AT = 5000  # training images that the figures at the end are of, at most
 
@@ -58,23 +60,19 @@ class NeuralCollapse:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         check_clean(clean, model)
-        if self.start == "model":
-            trained = deepcopy(model)
-        else:
-            trained = models.fresh(model, rng)
-            models.calibrate(trained, clean)
+        trained = started(model, clean, self.start, rng)
         fit(trained, clean, self._plan(model), rng, what="training to collapse")
         error, nc1 = figures(trained, clean)
         report("training to collapse", 1, 1, training_error=error, nc1=nc1)
         return trained
 
     def _plan(self, model: Classifier) -> Recipe:
-        usual = recipe("paper", models.info(model.spec.name).overrides.get("paper"))
+        plan = usual(model, "paper")
         return replace(
-            usual,
+            plan,
             epochs=self.epochs,
             batch=self.batch,
-            lr=self.lr or usual.lr,
+            lr=self.lr or plan.lr,
             weight_decay=self.weight_decay,
             drop_at=(1 / 3, 2 / 3),
             crop=4 if self.augment else 0,
@@ -87,18 +85,8 @@ def figures(model: Classifier, images: Images) -> tuple[float, float]:
     count = min(_LOOKED_AT, len(images))
     rows = torch.arange(count, device=images.y.device) * len(images) // count
     part = images.take(rows).to(device_of(model))
-    inputs: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].float()
-        inputs.append(x.flatten(2).mean(2) if x.ndim > 2 else x)
-
-    hook = model.get_submodule(model.head).register_forward_pre_hook(keep)
-    try:
-        answers = logits(model, part.x, batch=500).argmax(1)
-    finally:
-        hook.remove()
-    return float((answers != part.y).double().mean()), variability(torch.cat(inputs), part.y)
+    inputs, answers = head_inputs(model, model.get_submodule(model.head), part.x)
+    return float((answers != part.y).double().mean()), variability(inputs, part.y)
 
 
 def variability(features: Tensor, y: Tensor) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Generator
 
 from arena.core import hardening
-from arena.core.contracts import BatchHook, Images
+from arena.core.contracts import Images
 from arena.core.inversion.engine import Family
 from arena.core.inversion.families import families
 from arena.core.models import Classifier
@@ -39,24 +39,15 @@ class Pairwise:
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         family: Family = families.build("nc")
         classes = model.spec.classes
-
-        def hook(copy: Classifier, tune: Images) -> BatchHook:
-            return hardening.Pairs(
-                hardening.Inverter(copy, family),
-                hardening.Pace(
-                    first=self.first,
-                    more=self.more,
-                    batches=self.iterations,
-                    asr=self.asr,
-                    portion=self.portion,
-                ),
-                hardening.Scheduler(classes, 0.0, order="turns"),
-                tune,
-                warm_up="none",
-            )
-
-        pairs = classes * (classes - 1) // 2
-        return hardening.hardened(
-            model, clean, rng, hook,
-            updates=self.iterations * pairs, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
+        pace = hardening.Pace(
+            first=self.first,
+            more=self.more,
+            batches=self.iterations,
+            asr=self.asr,
+            portion=self.portion,
+        )
+        updates = self.iterations * (classes * (classes - 1) // 2)
+        return hardening.by_pairs(
+            model, clean, rng, family, pace, hardening.Scheduler(classes, 0.0, order="turns"),
+            updates=updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr, warm_up="none",
         )  # fmt: skip

@@ -61,8 +61,7 @@ class Pixel:
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         family: Family = families.build("pixel:form=clip")
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
-        return hardening.hardened(
-            model, clean, rng,
-            lambda copy, tune: hardening.Universal(hardening.Inverter(copy, family), pace),
+        return hardening.by_classes(
+            model, clean, rng, family, pace,
             updates=self.updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
         )  # fmt: skip

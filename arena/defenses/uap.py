@@ -29,6 +29,7 @@ from arena.core.contracts import Images, Step
 from arena.core.models import Classifier
 from arena.core.registry import method, param
 from arena.core.training import Recipe, autocast, check_clean, device_of, fit, recipe
+from arena.core.whole import planned, started
 
 
 @method
@@ -72,11 +73,8 @@ class UAP:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         check_clean(clean, model)
-        if self.start == "model":
-            trained = deepcopy(model)
-        else:
-            trained = models.fresh(model, rng)
-            models.calibrate(trained, clean)
+        trained = started(model, clean, self.start, rng)
+        plan = planned(model, self.recipe, self.epochs, self.lr)
         alternating = self.updates == "alternating"
         change = Change(
             trained,
@@ -86,16 +84,11 @@ class UAP:
             alternating=alternating,
         )
         fit(
-            trained, clean, self._plan(model), rng,
+            trained, clean, plan, rng,
             on_batch=change.add, extra_loss=None if alternating else change.bound, also=[change],
             what="universal adversarial training",
         )  # fmt: skip
         return trained
-
-    def _plan(self, model: Classifier) -> Recipe:
-        usual = recipe(self.recipe, models.info(model.spec.name).overrides.get(self.recipe))
-        plan = replace(usual, label_smoothing=0.0, lr=self.lr or usual.lr)
-        return plan if self.epochs is None else replace(plan, epochs=self.epochs, min_steps=0)
 
 
 class Change(torch.optim.Optimizer):

@@ -1,0 +1,54 @@
+"""Training on the whole training set, from new weights or from those of the given model."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from torch import Generator
+
+from arena.core import foreign, models, training
+from arena.core.contracts import Images
+from arena.core.models import Classifier
+from arena.core.registry import BadInput, short_spec
+from arena.core.training import Recipe
+
+
+def started(model: Classifier, clean: Images, start: str, rng: Generator) -> Classifier:
+    """A copy of `model`, or (start is "scratch") its architecture with new weights, calibrated on
+    `clean`. Raises BadInput where the network cannot be made anew."""
+    if start == "model":
+        return deepcopy(model)
+    if foreign.is_foreign(model.spec.name):
+        raise BadInput(
+            f"{model.spec.name} cannot be made anew with other weights; use start=model."
+        )
+    new = models.fresh(model, rng)
+    models.calibrate(new, clean)
+    return new
+
+
+def usual(model: Classifier, recipe: str) -> Recipe:
+    """The recipe with the network's own settings, as far as the arena knows the network."""
+    name = model.spec.name
+    known = {} if foreign.is_foreign(name) else models.info(name).overrides
+    return training.recipe(recipe, known.get(recipe))
+
+
+def planned(model: Classifier, recipe: str, epochs: int | None, lr: float | None) -> Recipe:
+    """`usual` without label smoothing; epochs, lr: in the recipe's place."""
+    plan = usual(model, recipe)
+    plan = replace(plan, label_smoothing=0.0, lr=lr or plan.lr)
+    return plan if epochs is None else replace(plan, epochs=epochs, min_steps=0)
+
+
+def share_refusal(defense: Any, share: float) -> str:
+    """Why a defense cannot work with this share of clean images; empty where it can."""
+    need: float = getattr(defense, "needs_share", 0.0)
+    if share >= need:
+        return ""
+    return (
+        f"{short_spec(defense)} trains on {need:.0%} of the training images: set the share of "
+        f"clean images (clean_share, --clean-share) to {need:g}, not {share:g}."
+    )
