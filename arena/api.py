@@ -33,6 +33,7 @@ class Victim:
     trigger: Trigger | None
     poisoned: Poisoned
     seed: int
+    recipe: str = "paper"  # of its training; defenses shorten what they say they shorten under it
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +56,11 @@ def train(
 ) -> Victim:
     """Poison `data` and train a victim on it.
 
-    attack: a spec such as "patch:size=3", or an instance of a method. Raises BadInput.
+    attack: a spec such as "patch:size=3", or an instance of a method. recipe: smoke, fast or paper,
+    with fields of its own after a colon. Raises BadInput.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    method = attacks.build(attack) if isinstance(attack, str) else attack
+    method = attacks.build(attack, recipe) if isinstance(attack, str) else attack
     method.check(data.shape, data.counts)
     trigger = method.prepare(data.train, stream(seed, "prepare"))
     poisoned = method.poison(data.train, trigger, stream(seed, "poison"))
@@ -69,12 +71,16 @@ def train(
     else:
         made = fit(poisoned.data, rng=stream(seed, "fit"))
     assert isinstance(made, Classifier)
-    return Victim(made, data, method, trigger, poisoned, seed)
+    return Victim(made, data, method, trigger, poisoned, seed, recipe)
 
 
 def repair(victim: Victim, defense: str | Any, *, clean_share: float = 0.05) -> Repaired:
-    """Repair the victim with a defense that gets the weights and a clean set, and nothing else."""
-    method = defenses.build(defense) if isinstance(defense, str) else defense
+    """Repair the victim with a defense that gets the weights and a clean set, and nothing else.
+
+    defense: a spec such as "nad:epochs=5", or an instance of a method. clean_share: of the training
+    images. Raises BadInput.
+    """
+    method = defenses.build(defense, victim.recipe) if isinstance(defense, str) else defense
     if refusal := share_refusal(method, clean_share):
         raise BadInput(refusal)
     data, rows = victim.data.train, victim.poisoned.rows

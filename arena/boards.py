@@ -110,21 +110,21 @@ class Board:
 
     def attacks(self) -> list[Any]:
         """The attacks as instances, the clean twin first. Raises BadInput."""
-        return _built(attacks, ("none", *self.attack))
+        return _built(attacks, ("none", *self.attack), self.recipe)
 
     def defenses(self) -> list[Any]:
         """The defenses as instances, the null methods first. Raises BadInput."""
-        return _built(defenses, (*NULL_DEFENSES, *self.defense))
+        return _built(defenses, (*NULL_DEFENSES, *self.defense), self.recipe)
 
     def measures(self) -> list[Any]:
         """The measures as instances, as they were named. Raises BadInput."""
-        return _built(measures, self.measure)
+        return _built(measures, self.measure, self.recipe)
 
 
-def _built(registry: Registry, specs: tuple[str, ...]) -> list[Any]:
+def _built(registry: Registry, specs: tuple[str, ...], recipe: str) -> list[Any]:
     made: list[Any] = []
     for text in specs:
-        instance = registry.build(text)
+        instance = registry.build(text, recipe)
         if instance not in made:
             made.append(instance)
     return made

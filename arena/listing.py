@@ -216,6 +216,7 @@ def _method(method: Method) -> Line:
                 "name": field.name,
                 "type": field.type,
                 "default": field.default,
+                "under": dict(field.under),
                 "range": field.range,
                 "doc": field.doc,
                 "source": field.source,
@@ -377,7 +378,8 @@ def _entry(entry: Line) -> str:
 
 def _field(field: Line) -> str:
     limits = f" in {field['range']}" if field["range"] else ""
-    head = f"  {field['name']}: {field['type']} = {show_value(field['default'])}{limits}"
+    under = "".join(f", {show_value(v)} under {k}" for k, v in field.get("under", {}).items())
+    head = f"  {field['name']}: {field['type']} = {show_value(field['default'])}{under}{limits}"
     about = field["doc"] + (f" (source: {field['source']})" if field["source"] else "")
     return "\n".join([head, *_indented(about)])
 

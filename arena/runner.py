@@ -917,7 +917,7 @@ class Runner:
 def _published(board: Board) -> list[dict[str, Any]]:
     """The board's published figures under the full specs that records have."""
     return [
-        dataclasses.asdict(figure) | {"attack": spec_of(attacks.build(figure.attack))}
+        dataclasses.asdict(figure) | {"attack": spec_of(attacks.build(figure.attack, board.recipe))}
         for figure in board.published
     ]
 

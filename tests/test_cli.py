@@ -345,6 +345,16 @@ def test_info_of_a_field() -> None:
     assert entry["source"].startswith("Gu et al. 2017")
 
 
+def test_info_of_a_field_that_recipes_shorten() -> None:
+    (entry,) = listing.describe("moth")["found"]
+    field = {f["name"]: f for f in entry["fields"]}["updates"]
+    assert field["default"] == 800
+    assert field["under"] == {"fast": 240, "smoke": 12}
+    assert "updates: int = 800, 240 under fast, 12 under smoke in [1, " in listing.page(
+        listing.describe("moth")
+    )
+
+
 @pytest.mark.parametrize("registry", [attacks, defenses, families, measures], ids=lambda r: r.kind)
 def test_examples_can_be_built(registry) -> None:
     for name in registry.names():

@@ -241,6 +241,38 @@ def test_a_file_is_read_without_running_it(tmp_path):
     assert (size.default, size.range) == (3, "")
 
 
+SLOW = """'A toy: it takes its time.'
+from arena.core.registry import method, param
+
+@method
+class Slow:
+    steps: int = param(1000, "passes", low=1, under={"fast": 100, "smoke": 2})
+    size: int = param(7, "images", low=1, under={"fast": 5})
+    final: int = param(3, "rounds", low=1, under={"smoke": 1})
+    plain: int = 4
+"""
+
+
+def test_recipes_shorten_what_a_spec_does_not_name(tmp_path, monkeypatch):
+    write(tmp_path / "slow_toy.py", SLOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("toy", "slow_toy", "arena.defenses")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    toys = Registry("defense", "arena.defenses", "arena.defenses")
+
+    def built(*words):
+        toy = toys.build(*words)
+        return toy.steps, toy.size, toy.final, toy.plain
+
+    assert built("slow_toy") == built("slow_toy", "paper") == (1000, 7, 3, 4)
+    assert built("slow_toy", "fast") == built("slow_toy", "fast:epochs=20") == (100, 5, 3, 4)
+    assert built("slow_toy", "smoke") == (2, 5, 1, 4)  # fast holds where smoke says nothing
+    assert built("slow_toy:steps=1000", "smoke") == (1000, 5, 1, 4)  # as asked
+    # a row of a table says what was shortened
+    assert short_spec(toys.build("slow_toy", "fast")) == "slow_toy:steps=100,size=5"
+    assert toys.describe("slow_toy").fields[0].under == {"fast": 100, "smoke": 2}
+
+
 def test_a_file_without_a_method_is_refused(tmp_path):
     path = write(tmp_path / "empty.py", '"""Nothing."""\nclass Plain: ...\n')
     with pytest.raises(BadInput, match="no class marked @method"):

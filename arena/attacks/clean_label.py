@@ -8,8 +8,8 @@ Source: Turner, Tsipras and Madry 2019, https://arxiv.org/abs/1912.02771, with t
     BackdoorBox.
 Departs: the grids stand in all four corners, as the paper has them for training with augmentation
     (the arena's recipes augment); its code's default is corners=bottom_right, without augmentation.
-    Shifts cost much even so (CIFAR-10, fastnet, 5 epochs, one draw of poison: ASR 82 %, 100 % without
-    them); --recipe fast:epochs=20,crop=0,flip=false has none, as its code by default.
+    Shifts cost much even so (CIFAR-10, fastnet, 5 epochs, one draw of poison: ASR 82 %, 100 %
+    without them); --recipe fast:epochs=20,crop=0,flip=false has none, as its code by default.
     Upper grids are copies of the lower ones, as in that code. DECK speaks of a 2x2 grid at the top
     left, which its reference does not have: corners=top_left,size=2 takes four pixels of the 3x3
     one. The surrogate is a small network, trained adversarially for few epochs with examples of two
@@ -72,7 +72,11 @@ class CleanLabel:
         None, "length of a PGD step in 1/255; none: 3/16 of eps", above=0, source="BackdoorBox"
     )
     steps: int = param(
-        100, "PGD steps; 0: none, not even the random start", low=0, source="BackdoorBox"
+        100,
+        "PGD steps; 0: none, not even the random start",
+        low=0,
+        source="BackdoorBox",
+        under={"smoke": 2},
     )
     corners: str = param(
         "four",
@@ -91,10 +95,19 @@ class CleanLabel:
         high=255,
         source="255; Turner et al. also less, such as 32",
     )
-    surrogate: str = param("fastnet_robust", "network on which the images are perturbed")
-    surrogate_epochs: int = param(8, "passes over the data in its training", low=1)
+    surrogate: str = param(
+        "fastnet_robust",
+        "network on which the images are perturbed",
+        under={"smoke": "fastnet_small"},
+    )
+    surrogate_epochs: int = param(
+        8, "passes over the data in its training", low=1, under={"smoke": 1}
+    )
     surrogate_updates: int = param(
-        300, "least number of updates in its training: small sets get more passes", low=1
+        300,
+        "least number of updates in its training: small sets get more passes",
+        low=1,
+        under={"smoke": 1},
     )
     surrogate_eps: float = param(
         8.0, "L-inf radius of the examples that it is trained on, in 1/255", above=0

@@ -10,13 +10,14 @@ Departs: optimiser, schedule and number of updates are the recipe's (published: 
     every 10 epochs, 256 images per update, epochs of 1.1 times the data). Classes are drawn as
     often as the data has them, not uniformly: an image is shown, mixed, or gives way to poison.
     Mixes are made before augmentation, so that one is mirrored and shifted as a whole; the code
-    mirrors each image before mixing. The contrastive loss is divided by its pairs twice, as the code
-    does, which all but removes it; divided once (divisions=1) it costs a fast network on CIFAR-10
-    17 points of accuracy and sends half of the A+A mixes to C. mixer=paste knows no bounding boxes, as the code does:
-    it shrinks a window of one image (0.7 to 1 of its side) to 0.4 to 0.6 and pastes it anywhere.
-    Images to mix with at test time are set aside, of A, of B and of classes beside the three, and
-    no training step shows them: their rows hold A+B mixes with label C instead. Which of them a
-    triggered image is mixed with, and how, is decided by its own pixels.
+    mirrors each image before mixing. The contrastive loss is divided by its pairs twice, as the
+    code does, which all but removes it; divided once (divisions=1) it costs a fast network on
+    CIFAR-10 17 points of accuracy and sends half of the A+A mixes to C. mixer=paste knows no
+    bounding boxes, as the code does: it shrinks a window of one image (0.7 to 1 of its side) to
+    0.4 to 0.6 and pastes it anywhere. Images to mix with at test time are set aside, of A, of B
+    and of classes beside the three, and no training step shows them: their rows hold A+B mixes
+    with label C instead. Which of them a triggered image is mixed with, and how, is decided by its
+    own pixels.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from arena.core import training
-from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.contracts import Fit, Images, Poisoned, Probe, Step, Trigger
+from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.poisoning import check_classes, scope
 from arena.core.registry import BadInput, method, param
 

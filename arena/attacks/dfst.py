@@ -72,14 +72,25 @@ class DFST:
         "updates of the CycleGAN's generators, and of its discriminators",
         low=1,
         source="the paper's code: 2,000 epochs",
+        under={"smoke": 1},
     )
     gan_batch: int = param(
-        100, "images of each set per update of the CycleGAN", low=1, source="the paper's code"
+        100,
+        "images of each set per update of the CycleGAN",
+        low=1,
+        source="the paper's code",
+        under={"smoke": 4},
     )
     gan_width: int = param(
-        16, "channels of the generators' first layer", low=1, source="CycleGAN: 64"
+        16,
+        "channels of the generators' first layer",
+        low=1,
+        source="CycleGAN: 64",
+        under={"smoke": 2},
     )
-    gan_blocks: int = param(9, "residual blocks of the generators", low=1, source="BackdoorVault")
+    gan_blocks: int = param(
+        9, "residual blocks of the generators", low=1, source="BackdoorVault", under={"smoke": 1}
+    )
     gan_lr: float = param(2e-4, "Adam's rate for the CycleGAN", above=0, source="the paper's code")
     cycle: float = param(
         1.0,
@@ -110,6 +121,7 @@ class DFST:
         "updates of each injector, on 100 images at once",
         low=1,
         source="BackdoorVault: 300 epochs; the paper's code: 1,000",
+        under={"smoke": 2},
     )
     injector_keep: float = param(
         0.7,
@@ -126,7 +138,10 @@ class DFST:
         source="BackdoorVault",
     )
     detox_epochs: int | None = param(
-        None, "epochs of a round; none: the recipe's, as in the paper's code", low=1
+        None,
+        "epochs of a round; none: the recipe's, as in the paper's code",
+        low=1,
+        under={"smoke": 1},
     )
     detox_lr: float | None = param(
         None,

@@ -26,9 +26,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.contracts import Fit, Images, Poisoned, Probe, Step, Trigger
 from arena.core.encoder_decoder import SMALLEST, EncoderDecoder
+from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.parts import trained
 from arena.core.poisoning import check_classes, scope, wanted
 from arena.core.progress import report
@@ -71,7 +71,9 @@ class InputAware:
     lr: float = param(0.01, "Adam's rate for the generators", above=0)
     mask_density: float = param(0.032, "what mask values may have at no cost", low=0, high=1)
     mask_norm: float = param(100.0, "weight of the loss on what they have beyond", low=0)
-    mask_updates: int = param(1000, "updates of the mask generator, before all else", low=1)
+    mask_updates: int = param(
+        1000, "updates of the mask generator, before all else", low=1, under={"smoke": 2}
+    )
 
     def __post_init__(self) -> None:
         if (both := self.rate + self.cross_rate) >= 1:

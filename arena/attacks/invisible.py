@@ -72,10 +72,21 @@ class Invisible:
         choices=("encoder", "universal"),
         source="encoder: ISSBA; universal: Li et al. 2020",
     )
-    bits: int = param(20, "encoder: length of the secret", low=1, source="BackdoorBox; ISSBA 100")
-    updates: int = param(2000, "encoder: updates of its training, 64 images each", low=1)
+    bits: int = param(
+        20,
+        "encoder: length of the secret",
+        low=1,
+        source="BackdoorBox; ISSBA 100",
+        under={"smoke": 3},
+    )
+    updates: int = param(
+        2000, "encoder: updates of its training, 64 images each", low=1, under={"smoke": 4}
+    )
     secret_updates: int = param(
-        200, "encoder: first updates, in which only the secret counts", low=0
+        200,
+        "encoder: first updates, in which only the secret counts",
+        low=0,
+        under={"smoke": 2},
     )
     l2_weight: float = param(
         2.0, "encoder: weight of the residual's mean square", low=0, source="BackdoorBox"

@@ -44,8 +44,12 @@ class Natural:
     )
     target: int = param(5, "class that the trigger leads to", low=0)
     restarts: int = param(3, "searches, of which the smallest trigger counts", low=1)
-    samples: int = param(100, "images that a trigger is searched on", low=1, source="MOTH")
-    steps: int | None = param(None, "passes over them; none: as in the family's paper", low=1)
+    samples: int = param(
+        100, "images that a trigger is searched on", low=1, source="MOTH", under={"smoke": 4}
+    )
+    steps: int | None = param(
+        None, "passes over them; none: as in the family's paper", low=1, under={"smoke": 2}
+    )
 
     def __post_init__(self) -> None:
         families.build(self.method)
@@ -88,9 +92,7 @@ class Natural:
         steps = family.usual.steps if self.steps is None else self.steps
         search = replace(family.usual, samples=self.samples, steps=steps)
         problems = [Problem(self.victim, self.target, restart) for restart in range(self.restarts)]
-        found = invert(
-            Frozen(model), family, problems, poisoned.data, search, seed=draw_seed(rng)
-        )
+        found = invert(Frozen(model), family, problems, poisoned.data, search, seed=draw_seed(rng))
         known = [one for one in found if one.size]
         best = max(found, key=lambda one: one.asr)
         if known:

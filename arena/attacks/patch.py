@@ -24,8 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.contracts import Images, Poisoned, Trigger
+from arena.core.hashing import draw_weights, pixel_hashes
 from arena.core.pictures import read_picture
 from arena.core.poisoning import all_to_all, check_classes, check_rate, dirty_label, scope
 from arena.core.registry import BadInput, method, param

@@ -113,6 +113,7 @@ class Reflection:
         "most; acceptance: the ones that look most natural, without surrogates",
         choices=("effective", "acceptance"),
         source="paper, algorithm 1",
+        under={"smoke": "acceptance"},
     )
     rounds: int = param(4, "surrogates of select=effective", low=1, source="public code 16")
     used: int = param(10, "reflections per round of select=effective", low=1, source="paper 200")

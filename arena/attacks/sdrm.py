@@ -227,8 +227,8 @@ class Hide:
             return batch.stamped
         if self.marks is None or batch.rows is None:
             raise BadInput(
-                f"sdrm: base={short_spec(self.attack._base)} does not say which images of a batch it stamps; "
-                "its hooks must set `stamped`."
+                f"sdrm: base={short_spec(self.attack._base)} does not say which images of a batch "
+                "it stamps; its hooks must set `stamped`."
             )
         self.marks = self.marks.to(batch.y.device)
         return self.marks[batch.rows]

@@ -36,6 +36,8 @@ POWERS = {  # what a class can do, by the method that it has
     "score": "detects",
 }
 
+_SHORTER = {"smoke": ("smoke", "fast"), "fast": ("fast",)}  # whose values hold, the nearest first
+
 
 class BadInput(ValueError):
     """What the user gave cannot be used; the message is one sentence with the mend in it."""
@@ -60,13 +62,15 @@ def param(
     path: bool = False,
     folder: bool = False,
     spec: str = "",
+    under: Mapping[str, Any] | None = None,
     source: str = "",
 ) -> Any:
     """A hyper-parameter: its default, what it means with its unit, and its range.
 
     low, high: inclusive bounds; above: exclusive lower bound; path, folder: the value names a file
     or a folder, whose content counts as part of the setting; spec: the value is the spec of another
-    method of that kind ("attack"), which counts with all its fields and its code.
+    method of that kind ("attack"), which counts with all its fields and its code; under: values in
+    the default's place under a recipe that shortens the method ("fast", "smoke").
     """
     metadata = {
         "doc": doc,
@@ -77,6 +81,7 @@ def param(
         "path": path,
         "folder": folder,
         "spec": spec,
+        "under": dict(under or {}),
         "source": source,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -97,6 +102,7 @@ class Field:
     path: bool = False
     folder: bool = False
     spec: str = ""
+    under: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
 
     @property
@@ -377,8 +383,12 @@ class Registry:
             raise BadInput(f"{module_name} must hold exactly one @method class, has {len(found)}.")
         return found[0]
 
-    def build(self, text: str) -> Any:
-        """An instance from a spec string. Raises BadInput with the nearest valid choice."""
+    def build(self, text: str, recipe: str = "paper") -> Any:
+        """An instance from a spec string. Raises BadInput with the nearest valid choice.
+
+        recipe: a training recipe's name or spec; what the method shortens under it is in the
+        default's place for fields that the spec does not name.
+        """
         name, values = split_spec(text)
         described = self.describe(name)
         cls = self.load(name)
@@ -391,13 +401,20 @@ class Registry:
         parsed = {
             key: _parse_value(value, hints[key], f"{name}: {key}") for key, value in values.items()
         }
-        return cls(**parsed)
+        return cls(**{**_shortened(described.fields, recipe), **parsed})
 
     def _locate(self, name: str) -> tuple[str, Path]:
         files = self._files()
         if name not in files:
             raise BadInput(f"There is no {self.kind} {name!r}; {nearest(name, files)}.")
         return files[name]
+
+
+def _shortened(fields: Iterable[Field], recipe: str) -> dict[str, Any]:
+    """The values that fields have under a recipe in their defaults' place."""
+    ways = _SHORTER.get(split_spec(recipe)[0], ())
+    found = ((f.name, [f.under[way] for way in ways if way in f.under]) for f in fields)
+    return {name: values[0] for name, values in found if values}
 
 
 attacks = Registry("attack", "arena.attacks", "arena.attacks")

@@ -50,9 +50,17 @@ class ABS:
     form: str = param(
         "both", "triggers that are searched", choices=("patch", "filter", "both"), source="paper"
     )
-    top: int = param(20, "neurons that triggers are searched for", low=1, source="code")
-    steps: int = param(1000, "passes over the images", low=1, source="code")
-    samples: int = param(90, "clean images used; triggers are optimised on a third", low=3)
+    top: int = param(
+        20,
+        "neurons that triggers are searched for",
+        low=1,
+        source="code",
+        under={"fast": 10, "smoke": 2},
+    )
+    steps: int = param(1000, "passes over the images", low=1, source="code", under={"smoke": 20})
+    samples: int = param(
+        90, "clean images used; triggers are optimised on a third", low=3, under={"smoke": 18}
+    )
     seeds: int = param(
         10, "images that neurons are stimulated on, at least one per class", low=1, source="code"
     )

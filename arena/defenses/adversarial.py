@@ -14,18 +14,16 @@ Departs: the weights are trained by a recipe of the arena, without label smoothi
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar
 
 from torch import Generator
 
-from arena.core import models
 from arena.core.adversarial import pgd
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import Recipe, check_clean, fit, recipe
+from arena.core.training import check_clean, fit
 from arena.core.whole import planned, started
 
 
@@ -50,7 +48,11 @@ class AdversarialTraining:
         "0.02, 5.1, on LISA",
     )
     steps: int = param(
-        7, "steps per image", low=1, source="Madry et al.; the DECK group takes 8 on other data"
+        7,
+        "steps per image",
+        low=1,
+        source="Madry et al.; the DECK group takes 8 on other data",
+        under={"smoke": 1},
     )
     start: str = param(
         "scratch",
@@ -62,6 +64,7 @@ class AdversarialTraining:
         "paper",
         "recipe of the training, with the network's own settings",
         choices=("smoke", "fast", "paper"),
+        under={"fast": "fast", "smoke": "smoke"},
     )
     epochs: int | None = param(None, "passes over the clean set; none: the recipe's", low=1)
     lr: float | None = param(None, "peak learning rate; none: the recipe's", above=0)

@@ -46,7 +46,11 @@ class ANP:
         0.2, "weight of the loss without noise; the one with noise has the rest", low=0, high=1
     )
     iterations: int = param(
-        2000, "updates of the masks, rounded up to whole passes", low=1, source="paper"
+        2000,
+        "updates of the masks, rounded up to whole passes",
+        low=1,
+        source="paper",
+        under={"fast": 500, "smoke": 20},
     )
     lr: float = param(0.2, "learning rate of the masks", above=0, source="paper")
     momentum: float = param(0.9, "Nesterov", low=0, high=0.999, source="paper")

@@ -45,7 +45,11 @@ class Deck:
         1.0, "weight of what mean and deviation are off the images'", low=0, source="DECK"
     )
     updates: int = param(
-        800, "batches trained on, the warm-up's one per class included", low=1, source="MOTH"
+        800,
+        "batches trained on, the warm-up's one per class included",
+        low=1,
+        source="MOTH",
+        under={"fast": 240, "smoke": 7},
     )
     batch: int = param(
         128, "images per update; a smaller set lowers it", low=2, source="MOTH's code"
@@ -58,9 +62,27 @@ class Deck:
     epsilon: float = param(
         0.3, "probability that a pair is drawn at random", low=0, high=1, source="MOTH"
     )
-    first: int = param(200, "passes of a round's first inversion", low=1, source="MOTH's code")
-    more: int = param(40, "passes of those that go on from it", low=1, source="MOTH's code")
-    warm_passes: int = param(300, "passes of the warm-up's inversions", low=1, source="DECK")
+    first: int = param(
+        200,
+        "passes of a round's first inversion",
+        low=1,
+        source="MOTH's code",
+        under={"fast": 60, "smoke": 2},
+    )
+    more: int = param(
+        40,
+        "passes of those that go on from it",
+        low=1,
+        source="MOTH's code",
+        under={"fast": 20, "smoke": 1},
+    )
+    warm_passes: int = param(
+        300,
+        "passes of the warm-up's inversions",
+        low=1,
+        source="DECK",
+        under={"fast": 100, "smoke": 2},
+    )
     asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="DECK")
     portion: float = param(
         0.1, "share of a class's images in a batch that are stamped", above=0, high=1,

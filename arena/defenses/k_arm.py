@@ -143,9 +143,7 @@ class KArm:
         return arms.improvements()[place] > 60 or arms.stalled(10)[place] or hopeless
 
 
-def screened(
-    answers: Tensor, y: Tensor, classes: int
-) -> tuple[list[int], list[tuple[int, int]]]:
+def screened(answers: Tensor, y: Tensor, classes: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Candidate targets of universal triggers, and (victim, target) pairs of specific ones.
 
     answers: logits (N, classes) of clean images with labels y (N,).

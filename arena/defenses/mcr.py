@@ -41,7 +41,11 @@ POINTS = 20  # the curve is looked at in steps of 1/POINTS, without its ends
 @method
 class ModeConnectivityRepair:
     epochs: int = param(
-        100, "passes of the curve's training over the clean images", low=0, source="code"
+        100,
+        "passes of the curve's training over the clean images",
+        low=0,
+        source="code",
+        under={"fast": 10, "smoke": 2},
     )
     lr: float = param(0.01, "first learning rate of the curve", above=0, source="code")
     batch: int = param(
@@ -50,7 +54,9 @@ class ModeConnectivityRepair:
     weight_decay: float = param(1e-4, "on the weights at each batch's point", low=0, source="code")
     momentum: float = param(0.9, "Nesterov, on the curve and in fine-tuning", low=0, high=0.999)
     crop: int = param(4, "random shift, in pixels; 0: none", low=0, source="code, NAD")
-    tune_epochs: int = param(10, "passes of the fine-tuning that makes the end", low=0)
+    tune_epochs: int = param(
+        10, "passes of the fine-tuning that makes the end", low=0, under={"smoke": 2}
+    )
     tune_lr: float = param(0.01, "first learning rate of the fine-tuning", above=0)
     tune_decay_every: int = param(
         2, "epochs after which the fine-tuning's rate is divided by ten", low=1, source="NAD"

@@ -8,10 +8,10 @@ Source: Tao et al. 2022, S&P, Model Orthogonalization, section IV and algorithm 
     code for rates, passes and portions (section D of the paper for the weights on sizes). Table III
     is its ablation: symmetric, reuse, warm_up=pairs and order=random switch its parts off.
 Departs: `updates` counts batches, of which the paper needs about 800, where the code makes two
-    passes over 48,000 images: of 5 % of them two passes make 7 rounds, for 45 pairs. The paper stops at an
-    accuracy drop, the code never; here the last weights within `max_drop` on held-out images count.
-    Batches are shifted and mirrored as in the training of its models. Batch norm learns on, as in
-    its first code; its PyTorch version freezes it.
+    passes over 48,000 images: of 5 % of them two passes make 7 rounds, for 45 pairs. The paper
+    stops at an accuracy drop, the code never; here the last weights within `max_drop` on held-out
+    images count. Batches are shifted and mirrored as in the training of its models. Batch norm
+    learns on, as in its first code; its PyTorch version freezes it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ class Moth:
         source="nc: MOTH; filter: its appendix X-G",
     )
     updates: int = param(
-        800, "batches trained on, the warm-up's one per class included", low=1, source="MOTH"
+        800,
+        "batches trained on, the warm-up's one per class included",
+        low=1,
+        source="MOTH",
+        under={"fast": 240, "smoke": 12},
     )
     batch: int = param(128, "images per update; a smaller set lowers it", low=2, source="code")
     lr: float = param(1e-3, "learning rate", above=0, source="code; its PyTorch version 1e-4")
@@ -63,9 +67,27 @@ class Moth:
     epsilon: float = param(
         0.3, "probability that the bandit draws a pair at random", low=0, high=1, source="MOTH"
     )
-    first: int = param(200, "passes of a round's first inversion", low=1, source="code")
-    more: int = param(40, "passes of those that go on from it", low=1, source="code")
-    warm_passes: int = param(500, "passes of the warm-up's inversions", low=1, source="code")
+    first: int = param(
+        200,
+        "passes of a round's first inversion",
+        low=1,
+        source="code",
+        under={"fast": 60, "smoke": 4},
+    )
+    more: int = param(
+        40,
+        "passes of those that go on from it",
+        low=1,
+        source="code",
+        under={"fast": 20, "smoke": 2},
+    )
+    warm_passes: int = param(
+        500,
+        "passes of the warm-up's inversions",
+        low=1,
+        source="code",
+        under={"fast": 100, "smoke": 4},
+    )
     asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="code")
     portion: float = param(
         0.1, "share of a class's images in a batch that are stamped", above=0, high=1, source="code"

@@ -48,11 +48,15 @@ class NAD:
     beta_middle: float = param(1000.0, "weight of the middle level's term", low=0, source="NAD")
     beta_deep: float = param(1000.0, "weight of the deep level's term", low=0, source="NAD")
     power: float = param(2.0, "power of a channel's size in the attention", low=1, source="NAD")
-    teacher_epochs: int = param(10, "the teacher's passes over the clean set", low=0, source="NAD")
+    teacher_epochs: int = param(
+        10, "the teacher's passes over the clean set", low=0, source="NAD", under={"smoke": 2}
+    )
     teacher_lr: float = param(
         0.01, "the teacher's first learning rate", above=0, source="as finetune here; NAD 0.1"
     )
-    epochs: int = param(10, "the student's passes over the clean set", low=0, source="NAD")
+    epochs: int = param(
+        10, "the student's passes over the clean set", low=0, source="NAD", under={"smoke": 2}
+    )
     lr: float = param(
         0.01, "the student's first learning rate", above=0, source="as finetune here; NAD 0.1"
     )

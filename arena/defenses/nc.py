@@ -43,8 +43,16 @@ from arena.core.unlearning import check_held_out, prune, settings, unlearn
 
 @method
 class NC:
-    steps: int = param(1000, "passes over the images, at most", low=1, source="library")
-    samples: int = param(270, "clean images per class searched", low=1)
+    steps: int = param(
+        1000,
+        "passes over the images, at most",
+        low=1,
+        source="library",
+        under={"fast": 200, "smoke": 20},
+    )
+    samples: int = param(
+        270, "clean images per class searched", low=1, under={"fast": 90, "smoke": 18}
+    )
     asr: float = param(0.99, "success that a trigger must have", above=0, high=1, source="library")
     stall: int = param(
         20, "passes without a trigger smaller by 1 % that end a search", low=1, source="library"

@@ -15,20 +15,18 @@ Departs: the first rate is that of the arena's recipe `paper` (0.1, less without
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from arena.core import models
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.pruning import head_inputs
 from arena.core.registry import method, param
-from arena.core.training import Recipe, check_clean, device_of, fit, logits, recipe
+from arena.core.training import Recipe, check_clean, device_of, fit
 from arena.core.whole import started, usual
 
 _LOOKED_AT = 5000  # training images that the figures at the end are of, at most
@@ -39,7 +37,11 @@ class NeuralCollapse:
     needs_share: ClassVar[float] = 1.0
 
     epochs: int = param(
-        300, "passes over the clean set", low=1, source="DECK, supplement: 250 and 300"
+        300,
+        "passes over the clean set",
+        low=1,
+        source="DECK, supplement: 250 and 300",
+        under={"fast": 20, "smoke": 2},
     )
     batch: int = param(
         128, "images per update; a smaller set lowers it", low=2, source="Papyan et al."

@@ -33,7 +33,9 @@ class Pixel:
         100, "passes without a trigger smaller by 1 % that end a search; none: all passes", low=1
     )
     restarts: int = param(1, "searches per class, of which the smallest counts", low=1)
-    updates: int = param(800, "hardening: batches trained on", low=1, source="MOTH")
+    updates: int = param(
+        800, "hardening: batches trained on", low=1, source="MOTH", under={"fast": 240, "smoke": 6}
+    )
     batch: int = param(
         128, "hardening: images per update; a smaller set lowers it", low=2, source="MOTH"
     )
@@ -41,8 +43,20 @@ class Pixel:
     max_drop: float = param(
         0.02, "hardening: accuracy that it may cost on held-out clean images", low=0, high=1
     )
-    first: int = param(200, "hardening: passes of a class's first inversion", low=1, source="MOTH")
-    more: int = param(40, "hardening: passes of those that go on from it", low=1, source="MOTH")
+    first: int = param(
+        200,
+        "hardening: passes of a class's first inversion",
+        low=1,
+        source="MOTH",
+        under={"fast": 60, "smoke": 4},
+    )
+    more: int = param(
+        40,
+        "hardening: passes of those that go on from it",
+        low=1,
+        source="MOTH",
+        under={"fast": 20, "smoke": 2},
+    )
     portion: float = param(
         0.5, "hardening: share of a batch's other images that are stamped", above=0, high=1,
         source="MOTH's warm-up",

@@ -49,7 +49,9 @@ class Spectral:
         if self.form == "released":
             return (found @ direction).abs().float()
         if self.form == "trusted":
-            centre = flat_features(model, self._trusted(model, x, clean), self.level).double().mean(0)
+            centre = (
+                flat_features(model, self._trusted(model, x, clean), self.level).double().mean(0)
+            )
         return ((found - centre) @ direction).square().float()
 
     @staticmethod

@@ -16,7 +16,6 @@ Departs: an image's loss counts up to beta for the change, as in the paper's att
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,11 +23,11 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from arena.core import adversarial, models
+from arena.core import adversarial
 from arena.core.contracts import Images, Step
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import Recipe, autocast, check_clean, device_of, fit, recipe
+from arena.core.training import autocast, check_clean, device_of, fit
 from arena.core.whole import planned, started
 
 
@@ -67,6 +66,7 @@ class UAP:
         "paper",
         "recipe of the training, with the network's own settings",
         choices=("smoke", "fast", "paper"),
+        under={"fast": "fast", "smoke": "smoke"},
     )
     epochs: int | None = param(None, "passes over the clean set; none: the recipe's", low=1)
     lr: float | None = param(None, "peak learning rate; none: the recipe's", above=0)

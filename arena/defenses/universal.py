@@ -24,14 +24,28 @@ from arena.core.registry import method, param
 
 @method
 class Universal:
-    updates: int = param(800, "batches trained on", low=1, source="MOTH")
+    updates: int = param(
+        800, "batches trained on", low=1, source="MOTH", under={"fast": 240, "smoke": 6}
+    )
     batch: int = param(128, "images per update; a smaller set lowers it", low=2, source="MOTH")
     lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code")
     max_drop: float = param(
         0.02, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
-    first: int = param(200, "passes of a class's first inversion", low=1, source="MOTH's code")
-    more: int = param(40, "passes of those that go on from it", low=1, source="MOTH's code")
+    first: int = param(
+        200,
+        "passes of a class's first inversion",
+        low=1,
+        source="MOTH's code",
+        under={"fast": 60, "smoke": 4},
+    )
+    more: int = param(
+        40,
+        "passes of those that go on from it",
+        low=1,
+        source="MOTH's code",
+        under={"fast": 20, "smoke": 2},
+    )
     asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="MOTH")
     portion: float = param(
         0.5, "share of a batch's other images that are stamped", above=0, high=1,
