@@ -77,8 +77,7 @@ class Board:
         for key in ("dataset", "model", "attack", "defense", "seed"):
             if not getattr(self, key):
                 raise BadInput(f"The board {self.name!r} names no {key}.")
-        if (recipe := split_spec(self.recipe)[0]) not in RECIPE_NAMES:
-            raise BadInput(f"There is no recipe {recipe!r}; {nearest(recipe, RECIPE_NAMES)}.")
+        check_recipe(split_spec(self.recipe)[0])
         if not 0 < self.clean_share <= 1:
             raise BadInput(f"clean_share must lie in (0, 1], got {self.clean_share:g}.")
         if self.timeout is not None and not self.timeout > 0:
@@ -119,6 +118,12 @@ class Board:
     def measures(self) -> list[Any]:
         """The measures as instances, as they were named. Raises BadInput."""
         return _built(measures, self.measure, self.recipe)
+
+
+def check_recipe(name: str) -> None:
+    """Raise BadInput with the nearest name unless there is such a recipe."""
+    if name not in RECIPE_NAMES:
+        raise BadInput(f"There is no recipe {name!r}; {nearest(name, RECIPE_NAMES)}.")
 
 
 def _built(registry: Registry, specs: tuple[str, ...], recipe: str) -> list[Any]:

@@ -76,6 +76,23 @@ TrustOption = Annotated[
     ),
 ]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", "-d", help="Their data set.")]
+ImagesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--images",
+        help="Or a folder of images for them, one folder per class; -d imagefolder:PATH.",
+    ),
+]
+MethodRecipeOption = Annotated[
+    str, typer.Option("--recipe", help="paper; fast and smoke shorten methods, see `arena info`.")
+]
+CleanShareOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the training images that the method gets, 0 to 1; else 0.05, and 1 of a "
+        "folder of your own."
+    ),
+]
 MethodOption = Annotated[
     str, typer.Option(help="A family of triggers, with fields; see `arena list triggers`.")
 ]
@@ -640,6 +657,7 @@ def distance(
     model: ModelOption = None,
     trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
+    images: ImagesOption = None,
     method: MethodOption = "nc",
     encoder: EncoderOption = None,
     pairs: Annotated[
@@ -671,7 +689,9 @@ def distance(
     from arena.store import write_atomically
 
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
-    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
+    opened, subject = _subject(
+        cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle
+    )
     other = None
     if baseline is not None:
         from arena.subjects import of_cell
@@ -704,6 +724,7 @@ def invert(
     model: ModelOption = None,
     trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
+    images: ImagesOption = None,
     victim: Annotated[
         int | None, typer.Option("--victim", "-v", help="Class that it works on; else all.")
     ] = None,
@@ -737,7 +758,9 @@ def invert(
     from arena.store import save_tensors, write_atomically
 
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
-    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
+    opened, subject = _subject(
+        cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle
+    )
     with _status("inverting a trigger", quiet=as_json):
         if encoder is not None:
             method = inverting.with_encoder(method, encoder, subject, opened)
@@ -772,10 +795,10 @@ def scan(
     model: ModelOption = None,
     trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
+    images: ImagesOption = None,
     method: Annotated[str, typer.Option(help="See `arena list scanners`.")] = "nc",
-    clean_share: Annotated[
-        float, typer.Option(help="Share of the training images that the scanner gets, 0 to 1.")
-    ] = 0.05,
+    clean_share: CleanShareOption = None,
+    recipe: MethodRecipeOption = "paper",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The trigger's picture.")] = None,
     data_dir: DataDirOption = None,
@@ -785,14 +808,16 @@ def scan(
     """Whether a model has a backdoor: verdict, anomaly index per class, the trigger's picture."""
     from arena import listing, scanning
 
-    scanning.check(method)  # unknown names before any model is read
+    scanning.check(method, recipe)  # unknown names before any model is read
     from arena.gallery import png
     from arena.store import write_atomically
 
+    dataset = _named(dataset, images)
+    share = _share(clean_share, checkpoint, dataset)
     opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
     with _status("scanning", quiet=as_json):
         found, trigger = scanning.scan(
-            subject, method, opened, clean_share=clean_share, device=_device(device)
+            subject, method, opened, clean_share=share, recipe=recipe, device=_device(device)
         )
     if trigger is not None:
         name = f"scan-{subject.digest[:12]}-{method.partition(':')[0]}.png"
@@ -809,15 +834,15 @@ def repair(
     model: ModelOption = None,
     trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
+    images: ImagesOption = None,
     defense: Annotated[
         list[str] | None,
         typer.Option("--defense", "-D", help="How to repair; several are compared."),
     ] = None,
     scan: Annotated[bool, typer.Option("--scan", help="Scan before and after.")] = False,
     scanner: Annotated[str, typer.Option(help="See `arena list scanners`.")] = "nc",
-    clean_share: Annotated[
-        float, typer.Option(help="Share of the training images to repair with, 0 to 1.")
-    ] = 0.05,
+    clean_share: CleanShareOption = None,
+    recipe: MethodRecipeOption = "paper",
     max_drop: Annotated[
         float, typer.Option(help="Accuracy that a repair may cost to be recommended, 0 to 1.")
     ] = 0.05,
@@ -834,8 +859,10 @@ def repair(
     from arena.store import save_tensors, write_atomically
     from arena.subjects import as_given
 
+    dataset = _named(dataset, images)
+    share = _share(clean_share, checkpoint, dataset)
     question = repairing.Question(
-        tuple(defense or ()), scanner if scan else None, clean_share, max_drop
+        tuple(defense or ()), scanner if scan else None, share, max_drop, recipe
     )
     repairing.check(question)  # unknown names before any model is read
     opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
@@ -897,6 +924,23 @@ def detect(
     print(json.dumps(found, indent=1) if as_json else listing.detections(found))
 
 
+def _named(dataset: str | None, images: Path | None) -> str | None:
+    """The spec of the data set that a user means. Raises BadInput."""
+    if images is None:
+        return dataset
+    if dataset is not None:
+        raise BadInput("Give -d DATASET or --images FOLDER, not both.")
+    return f"imagefolder:{images}"
+
+
+def _share(given: float | None, checkpoint: Path | None, dataset: str | None) -> float:
+    """The share of clean images: of somebody's own folder all are meant to be used."""
+    if given is not None:
+        return given
+    own = checkpoint is not None and (dataset or "").startswith("imagefolder:")
+    return 1.0 if own else 0.05
+
+
 def _subject(
     cell: str | None,
     checkpoint: Path | None,
@@ -912,7 +956,8 @@ def _subject(
 
     if (cell is None) == (checkpoint is None):
         raise BadInput(
-            "Name a cell, or a file of weights with --checkpoint FILE --model NAME -d DATASET."
+            "Name a cell, or a file of weights with --checkpoint FILE --model NAME and -d DATASET "
+            "or --images FOLDER."
         )
     if cell is not None:
         opened = _open_store(store)
@@ -920,8 +965,8 @@ def _subject(
     assert checkpoint is not None
     if dataset is None or (model is None and not trust_pickle and checkpoint.is_file()):
         raise BadInput(
-            "--checkpoint needs --model NAME and -d DATASET, which the file cannot say; a whole "
-            "pickled model needs -d and --trust-pickle."
+            "--checkpoint needs --model NAME and -d DATASET or --images FOLDER, which the file "
+            "cannot say; a whole pickled model needs --trust-pickle in the model's place."
         )
     return Store(store or Path("runs") / "adhoc"), of_checkpoint(
         checkpoint, model, dataset, data_dir, trust_pickle=trust_pickle

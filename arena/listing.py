@@ -633,7 +633,7 @@ def repairs(found: Mapping[str, Any]) -> str:
             continue
         rows.append([name, *_repaired(row, scanned), f"{row['budget']['seconds']:.0f}", ""])
     table = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
-    chosen = found["recommended"]
+    chosen, failed = found["recommended"], any(r["status"] != "ok" for r in found["repairs"])
     advice = f"Recommended: {chosen}" if chosen else "Nothing is recommended"
     lines = [
         f"# Repair of {found['model']}",
@@ -646,6 +646,7 @@ def repairs(found: Mapping[str, Any]) -> str:
         "",
         f"{advice}: {found['because']}.",
         "",
+        *([f"Could work, too: {', '.join(found['possible'])}.", ""] if failed else []),
         f"Weights before: sha256 {found['weights']}.",
     ]
     lines += [

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from arena import scanning
+from arena.boards import check_recipe
 from arena.core import training
 from arena.core.registry import BadInput, defenses, nearest, short_spec, spec_of
 from arena.core.whole import share_refusal
@@ -30,6 +31,7 @@ class Question:
     scanner: str | None = None
     clean_share: float = 0.05
     max_drop: float = MAX_DROP
+    recipe: str = "paper"  # what defenses shorten under it, they do
 
 
 def repairs() -> list[str]:
@@ -40,6 +42,7 @@ def check(question: Question) -> None:
     """Raise BadInput unless all names are known and can work; imports no more than they need."""
     if not 0 <= question.max_drop <= 1:
         raise BadInput(f"--max-drop must be from 0 to 1, got {question.max_drop:g}.")
+    check_recipe(question.recipe)
     if not question.repairs:
         raise BadInput("Name a defense to repair with, such as -D finetune.")
     for text in question.repairs:
@@ -48,10 +51,11 @@ def check(question: Question) -> None:
             if name in defenses.names():
                 raise BadInput(f"{name} repairs nothing; defenses: {', '.join(known)}.")
             raise BadInput(f"There is no defense {name!r}; {nearest(name, known)}")
-        if refusal := share_refusal(defenses.build(text), question.clean_share):
+        method = defenses.build(text, question.recipe)
+        if refusal := share_refusal(method, question.clean_share):
             raise BadInput(refusal)
     if question.scanner is not None:
-        scanning.check(question.scanner)
+        scanning.check(question.scanner, question.recipe)
 
 
 def repair(
@@ -60,15 +64,22 @@ def repair(
     """What `arena repair` prints, as JSON values, and the weights of the repair recommended.
 
     Accuracies are on the validation images of the data set. A repair that fails is a row with its
-    reason. Raises BadInput where none ends well.
+    reason. Raises BadInput where none ends well, with the defenses that could work.
     """
+    asked = [defenses.build(text, question.recipe) for text in question.repairs]
+    reasons, others = _usable(subject, asked, question, store, device)
+    hint = _hint(others)
+    if all(reasons):  # before anything is scanned
+        raise BadInput(f"{reasons[0]} {hint}")
     before = _judged(subject, question, store, device)
     rows: list[dict[str, Any]] = []
     weights: dict[str, dict[str, Tensor]] = {}
-    for text in question.repairs:
-        method = defenses.build(text)
+    for method, reason in zip(asked, reasons, strict=True):
         name, row = short_spec(method), {"defense": short_spec(method), "spec": spec_of(method)}
         rows.append(row)
+        if reason:
+            row |= {"status": "failed", "reason": reason}
+            continue
         try:
             found, state = ask(
                 subject, "repair", {"spec": spec_of(method)}, store,
@@ -83,7 +94,7 @@ def repair(
         row |= _judged(repaired, question, store, device)
         row["accuracy_drop"] = before["accuracy"] - row["accuracy"]
     if not weights:
-        raise BadInput(f"No repair ended well. {rows[0]['reason']}")
+        raise BadInput(f"No repair ended well. {rows[0]['reason']} {hint}")
     chosen, why = recommended(before, rows, question.max_drop)
     return {
         "model": subject.name,
@@ -95,9 +106,38 @@ def repair(
         "scanner": question.scanner,
         "before": before,
         "repairs": rows,
+        "possible": others,
         "recommended": chosen,
         "because": why,
     }, None if chosen is None else weights[chosen]
+
+
+def _usable(
+    subject: Subject, asked: Sequence[Any], question: Question, store: Store, device: str
+) -> tuple[list[str], list[str]]:
+    """Why each of the defenses asked cannot work here (empty where it can), and the others' names
+    that can."""
+    built = [defenses.build(name, question.recipe) for name in repairs()]
+    free = [
+        method
+        for method in built
+        if not getattr(method, "null", False)
+        and method.method_name not in {one.method_name for one in asked}
+        and not share_refusal(method, question.clean_share)
+    ]
+    specs = [spec_of(method) for method in (*asked, *free)]
+    answer, _ = ask(
+        subject, "usable", {"specs": specs}, store, clean_share=question.clean_share, device=device
+    )
+    reasons: dict[str, str] = answer["reasons"]
+    others = [method.method_name for method in free if not reasons[spec_of(method)]]
+    return [reasons[spec_of(method)] for method in asked], others
+
+
+def _hint(others: Sequence[str]) -> str:
+    if not others:
+        return "No other defense can work with these images either."
+    return f"With these images and this model could work: {', '.join(others)}."
 
 
 def _judged(subject: Subject, question: Question, store: Store, device: str) -> dict[str, Any]:
@@ -107,8 +147,9 @@ def _judged(subject: Subject, question: Question, store: Store, device: str) -> 
     if question.scanner is None:
         return found
     verdict, _ = scanning.scan(
-        subject, question.scanner, store, clean_share=question.clean_share, device=device
-    )
+        subject, question.scanner, store,
+        clean_share=question.clean_share, recipe=question.recipe, device=device,
+    )  # fmt: skip
     kept = ("backdoored", "score", "threshold", "target", "target_name", "victim", "victim_name")
     return found | {"scan": {name: verdict[name] for name in kept}}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from arena.boards import check_recipe
 from arena.core.inversion.distances import ANOMALY
 from arena.core.registry import BadInput, defenses, nearest, short_spec, spec_of
 from arena.store import Store
@@ -17,8 +18,9 @@ def scanners() -> list[str]:
     return [each.name for each in defenses.describe_all() if "scans" in each.powers]
 
 
-def check(text: str) -> None:
+def check(text: str, recipe: str = "paper") -> None:
     """Raise BadInput unless `text` is the spec of a scanner; imports no method."""
+    check_recipe(recipe)
     name = text.partition(":")[0]
     if name not in (known := scanners()):
         if name in defenses.names():
@@ -33,13 +35,15 @@ def scan(
     store: Store,
     *,
     clean_share: float = 0.05,
+    recipe: str = "paper",
     device: str = "cpu",
 ) -> tuple[dict[str, Any], Tensor | None]:
     """What `arena scan` prints, as JSON values, and the trigger's picture (C, H, W) in [0, 1].
 
-    The clean set is the one that a defense of the cell would get. Raises BadInput.
+    The clean set is the one that a defense of the cell would get; recipe: what scanners shorten
+    under it, they do. Raises BadInput.
     """
-    method, data = defenses.build(text), subject.data
+    method, data = defenses.build(text, recipe), subject.data
     question = {"spec": spec_of(method)}
     found, written = ask(subject, "scan", question, store, clean_share=clean_share, device=device)
     each, matrix = found["per_class"], None

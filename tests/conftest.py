@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import toys
+from torch import Tensor, nn
 
 from arena.core import models
 from arena.core.contracts import Images
@@ -49,6 +52,21 @@ def coloured(images) -> Images:
 @pytest.fixture(scope="module")
 def frozen() -> Frozen:
     return Frozen(toys.planted(), "fp32")
+
+
+@pytest.fixture(scope="module")
+def separate() -> Frozen:
+    """As `frozen`, image by image: libraries choose kernels by a batch's size, and each of them
+    rounds in its own way, which is no part of what methods compute."""
+    made = Frozen(toys.planted(), "fp32")
+    for layer in made.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.forward = partial(_one_by_one, layer.forward)
+    return made
+
+
+def _one_by_one(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([forward(one) for one in x.split(1)])
 
 
 @pytest.fixture(scope="session")

@@ -126,15 +126,35 @@ def test_repair_returns_the_same_architecture_in_plain_weights(name, planted, cl
 
 @pytest.mark.parametrize("name", [name for name in REPAIRS if name in SMALL])
 def test_a_clean_set_that_cannot_be_used_is_named(name, planted, clean, rng):
-    defense = small(name)
-    with pytest.raises(BadInput, match=r"of \d+ images has none of class 2; give it at least one"):
-        defense.repair(planted, clean.take(clean.y != 2), rng)
-    with pytest.raises(BadInput, match="has none of class 0"):
-        defense.repair(planted, clean.take(torch.zeros(0, dtype=torch.int64)), rng)
-    with pytest.raises(BadInput, match="are 3x12x16, but the model takes 3x16x16"):
-        defense.repair(planted, Images(clean.x[:, :, 4:], clean.y), rng)
-    with pytest.raises(BadInput, match="has class 7, the model only 4"):
-        defense.repair(planted, Images(clean.x, clean.y + 4), rng)
+    defense, none = small(name), torch.zeros(0, dtype=torch.int64)
+    defense.check(planted, clean)
+    for words, images in (
+        (r"of \d+ images has none of class 2; give it at least one", clean.take(clean.y != 2)),
+        ("has none of class 0", clean.take(none)),
+        ("are 3x12x16, but the model takes 3x16x16", Images(clean.x[:, :, 4:], clean.y)),
+        ("has class 7, the model only 4", Images(clean.x, clean.y + 4)),
+    ):
+        with pytest.raises(BadInput, match=words):
+            defense.repair(planted, images, rng)
+        with pytest.raises(BadInput, match=words):  # without computing anything
+            defense.check(planted, images)
+
+
+HOLD_OUT = ("fine_pruning:held_out=0.1", "anp:held_out=0.1", "mcr:held_out=0.1",
+            "nc:mitigation=prune,held_out=0.1", "moth", "deck", "pairwise", "universal",
+            "pixel")  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", HOLD_OUT)
+def test_a_clean_set_too_small_to_hold_any_out_is_named(spec, planted, rng):
+    defense, images = defenses.build(spec), toys.images(6, rng)
+    defense.check(planted, Images(images.x, torch.arange(6) % 4))
+    few = Images(images.x[:4], torch.arange(4))
+    wanted = f"{defense.method_name}: of 4 clean images 0 would be held out and 4 trained on; give"
+    with pytest.raises(BadInput, match=wanted):
+        defense.check(planted, few)
+    with pytest.raises(BadInput, match=wanted):
+        defense.repair(planted, few, rng)
 
 
 # -------------------------------------------------------------------------------------------- toys
@@ -262,7 +282,7 @@ def test_fine_pruning_holds_images_out(planted, clean, rng, monkeypatch):
     assert (len(seen["held"]), len(seen["tune"])) == (60, 140)
     both = torch.cat([seen["held"], seen["tune"]]).flatten(1)
     assert torch.equal(both.unique(dim=0), clean.x.flatten(1).unique(dim=0))
-    with pytest.raises(BadInput, match="0 would be held out and 8 tuned on; give more images"):
+    with pytest.raises(BadInput, match="0 would be held out and 8 trained on; give more images"):
         defenses.build("fine_pruning:held_out=0.01").repair(planted, toys.images(8, rng), rng)
 
 

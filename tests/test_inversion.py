@@ -160,13 +160,13 @@ def test_the_planted_trigger_is_found_and_no_other(cornered, coloured):
     assert all(answer.asr >= 0.9 for answer in found)
 
 
-def test_answers_do_not_depend_on_what_else_is_asked(frozen, images):
-    together = invert(frozen, NC(), ALL, images, QUICK)
+def test_answers_do_not_depend_on_what_else_is_asked(separate, images):
+    together = invert(separate, NC(), ALL, images, QUICK)
     for place in (0, 3, 5):
-        (alone,) = invert(frozen, NC(), [ALL[place]], images, QUICK)
+        (alone,) = invert(separate, NC(), [ALL[place]], images, QUICK)
         same(alone, together[place])
     for slots in (1, 4):
-        few = invert(frozen, NC(), ALL, images, QUICK, slots=slots)
+        few = invert(separate, NC(), ALL, images, QUICK, slots=slots)
         for one, two in zip(few, together, strict=True):
             same(one, two)
 
@@ -322,11 +322,11 @@ FAMILIES = [NC(), Pixel(), Pixel(form="tanh"), Filter(), UAP(), CW()]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=short_spec)
-def test_every_family_s_answers_are_its_own(frozen, images, family):
+def test_every_family_s_answers_are_its_own(separate, images, family):
     search = replace(family.usual, samples=12, steps=20, batch=6)
-    together = invert(frozen, family, ALL[:4], images, search, slots=3)
+    together = invert(separate, family, ALL[:4], images, search, slots=3)
     for place in (1, 3):
-        (alone,) = invert(frozen, family, [ALL[place]], images, search)
+        (alone,) = invert(separate, family, [ALL[place]], images, search)
         same(alone, together[place])
         x = images.x[:20] / 255
         shown = stamped(family, alone.trigger, x)

@@ -293,15 +293,15 @@ def quick(family, **changes) -> Search:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=short_spec)
-def test_guided_answers_do_not_depend_on_what_else_is_asked(frozen, images, family):
+def test_guided_answers_do_not_depend_on_what_else_is_asked(separate, images, family):
     search = quick(family, steps=10)
-    together = invert(frozen, family, ALL, images, search)
+    together = invert(separate, family, ALL, images, search)
     layers = {int(one.trigger["_layer"]) for one in together}
     assert len(layers) > 1, "neurons of one layer only: nothing is shown"
     for place in (1, 5):
-        (alone,) = invert(frozen, family, [ALL[place]], images, search)
+        (alone,) = invert(separate, family, [ALL[place]], images, search)
         same(alone, together[place])
-    few = invert(frozen, family, ALL, images, search, slots=4)
+    few = invert(separate, family, ALL, images, search, slots=4)
     for one, two in zip(few, together, strict=True):
         same(one, two)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import arena, assert_refused
 from test_foreign import NET
@@ -116,12 +117,74 @@ def test_a_factory_s_network_is_repaired(tmp_path):
     made.load_state_dict(load_file(out))
 
 
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Eight small pictures of each of five classes, in a folder per class."""
+    for label in range(5):
+        (tmp_path / "photos" / str(label)).mkdir(parents=True)
+        for i in range(8):
+            x = torch.randint(256, (32, 32, 3), generator=stream(0, f"{label} {i}"))
+            picture = Image.fromarray(x.to(torch.uint8).numpy())
+            picture.save(tmp_path / "photos" / str(label) / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_a_folder_of_one_s_own_images_is_used_whole(weights, photos, tmp_path):
+    out = tmp_path / "out.safetensors"
+    words = ("repair", "--checkpoint", weights, "-m", "fastnet_small", "--images", photos,
+             "-D", "finetune", "-D", "uap", "--recipe", "smoke", "--max-drop", 1, "-o", out,
+             "--device", "cpu", "--store", tmp_path / "s", "--json")  # fmt: skip
+    done = arena(*words)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    # a tenth is the test set, 4 % of the rest the validation images; whatever is left is used
+    assert found["clean_share"] == 1
+    assert found["clean_images"] + found["validation_images"] == 36
+    assert found["repairs"][1]["defense"] == "uap:recipe=smoke", "the recipe shortens it"
+    few = arena(*words, "--clean-share", 0.5)
+    assert_refused(few, "uap:recipe=smoke trains on 100% of the training images")
+    both = arena(*words, "-d", "signs")
+    assert_refused(both, "Give -d DATASET or --images FOLDER, not both.")
+
+
+def test_with_too_few_images_the_defenses_that_remain_are_named(weights, photos, tmp_path):
+    for label in range(5):
+        for file in sorted((photos / str(label)).iterdir())[2:]:
+            file.unlink()
+    words = ("repair", "--checkpoint", weights, "-m", "fastnet_small", "--images", photos,
+             "-o", tmp_path / "out.safetensors", "--device", "cpu", "--recipe", "smoke",
+             "--max-drop", 1, "--store", tmp_path / "s")  # fmt: skip
+    spec = "fine_pruning:held_out=0.01"
+    done = arena(*words, "-D", spec)
+    assert_refused(done, "give more images or another held_out. With these images and this model")
+    remain = done.err.partition("could work: ")[2].rstrip(".\n").split(", ")
+    assert "finetune" in remain
+    assert "anp" in remain
+    assert "fine_pruning" not in remain
+    assert "retrain" not in remain, "null methods repair nothing"
+    some = arena(*words, "-D", spec, "-D", "finetune")
+    assert some.code == 0, some.err
+    assert f"| {spec} |" in some.out
+    assert "Could work, too: " in some.out
+
+
+def test_images_without_labels_are_refused_with_the_mend(weights, photos, tmp_path):
+    for file in sorted(photos.rglob("*.png")):
+        file.rename(photos / f"{file.parent.name}-{file.name}")
+    for label in range(5):
+        (photos / str(label)).rmdir()
+    done = arena("repair", "--checkpoint", weights, "-m", "fastnet_small", "--images", photos,
+                 "-D", "nad", "-o", tmp_path / "out.safetensors")  # fmt: skip
+    assert_refused(done, "holds images without labels, from which no method here can learn: sort")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         ((), "Name a defense to repair with, such as -D finetune."),
         (("-D", "finetun"), "did you mean 'finetune'?"),
         (("-D", "spectral"), "spectral repairs nothing"),
+        (("-D", "finetune", "--recipe", "fsat"), "did you mean 'fast'?"),
         (("-D", "finetune", "--max-drop", 3), "--max-drop must be from 0 to 1, got 3."),
         (("-D", "finetune", "--scan", "--scanner", "ncc"), "There is no scanner 'ncc'"),
     ],

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import killed
@@ -697,4 +698,4 @@ def test_among_others_it_is_a_row_with_a_reason(store, monkeypatch):
 def test_from_python_it_is_refused_too(monkeypatch):
     monkeypatch.setattr(FineTune, "needs_share", 1.0, raising=False)
     with pytest.raises(BadInput, match=r"to 1, not 0\.05"):
-        api.repair(None, "finetune")
+        api.repair(SimpleNamespace(recipe="fast"), "finetune")

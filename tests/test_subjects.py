@@ -201,7 +201,7 @@ def test_a_network_s_encoder_gets_a_decoder_for_the_data_once(store, cells, monk
     [
         ((), "Name a cell, or a file of weights"),
         (("abc",), "There is no cell 'abc'"),
-        (("--checkpoint", "x.pt"), "--checkpoint needs --model NAME and -d DATASET"),
+        (("--checkpoint", "x.pt"), "--checkpoint needs --model NAME and -d DATASET or --images"),
         (("--checkpoint", "x.pt", "-m", "fastnett", "-d", "signs"), "There is no network"),
         (("--checkpoint", "x.pt", "-m", "fastnet", "-d", "signs"), "There is no file 'x.pt'"),
         (("CELL", "--method", "nx"), "no trigger family 'nx'; did you mean 'nc'?"),

@@ -191,10 +191,11 @@ def test_silencing_is_masking(whole, planted, clean, monkeypatch):
 
 def test_too_few_held_out_images_are_refused(planted, clean, rng):
     few, own = toys.images(4, rng), clean.take(clean.y == toys.TARGET)
-    with pytest.raises(BadInput, match="nc: of 4 clean images 0 would be held out; give more"):
-        unlearning.check_held_out(few, 0.1, "nc")
-    with pytest.raises(BadInput, match="nc: of 4 clean images 4 would be held out"):
-        unlearning.check_held_out(few, 0.9, "nc")
+    with pytest.raises(BadInput, match="nc: of 4 clean images 0 would be held out and 4 trained"):
+        training.check_held_out(few, 0.1, "nc")
+    with pytest.raises(BadInput, match="nc: of 4 clean images 4 would be held out and 0 trained"):
+        training.check_held_out(few, 0.9, "nc")
+    training.check_held_out(few, 0.0, "nc")  # none is asked for
     with pytest.raises(BadInput, match=r"All \d+ clean images held out are of class 0; give more"):
         unlearning.prune(planted, own, {toys.TARGET: toys.stamp}, rng, **BOUNDS)
     with pytest.raises(BadInput, match="0 would be held out"):

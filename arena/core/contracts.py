@@ -162,8 +162,10 @@ class ControlsTraining(Protocol):
 class Repairs(Protocol):
     """Returns a repaired copy of the model; the argument is left as it was.
 
-    Optional attribute:
+    Optional attributes:
 
+    check(model, clean) raises BadInput, before anything is computed, where the model or the clean
+                        set cannot be used; `repair` refuses the same
     needs_share: float  the smallest share of the training images that it works with as clean set
     """
 

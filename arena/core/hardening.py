@@ -32,7 +32,7 @@ from arena.core.progress import report
 from arena.core.registry import BadInput
 from arena.core.seeding import draw_seed
 
-_HELD_OUT = 1000  # clean images that decide when to stop, at most
+_SHARE, _HELD_OUT = 0.1, 1000  # of the clean images decide when to stop, and at most so many
 _LOOK = 10  # updates between two looks at them
 _FADE = 1000  # batches over which the scheduler comes to trust what it saw
 _PATIENCE = 5  # looks in a row beyond the bound that end the training
@@ -47,6 +47,17 @@ class _Enough(Exception):
     """The accuracy has been beyond its bound for long."""
 
 
+def check(model: Classifier, clean: Images, method: str) -> None:
+    """Raise BadInput unless `clean` has all classes, and images to hold out and to train on."""
+    training.check_clean(clean, model)
+    held = round(min(_SHARE, _HELD_OUT / len(clean)) * len(clean))
+    if not held or len(clean) - held < 2:
+        raise BadInput(
+            f"{method}: of {len(clean)} clean images {held} would be held out and "
+            f"{len(clean) - held} trained on; give more images."
+        )
+
+
 def hardened(
     model: Classifier,
     clean: Images,
@@ -59,7 +70,6 @@ def hardened(
     lr: float = 1e-3,
     momentum: float = 0.9,
     crop: int = 4,
-    held_out: float = 0.1,
     what: str = "hardening",
 ) -> Classifier:
     """A copy of `model`, trained for `updates` batches of clean images that a hook stamps.
@@ -68,14 +78,9 @@ def hardened(
     max_drop: accuracy on held-out images that the training may cost, in [0, 1].
     Raises BadInput where the clean set is too small to hold images out.
     """
-    training.check_clean(clean, model)
-    held, tune = training.split(clean, min(held_out, _HELD_OUT / len(clean)), rng)
+    check(model, clean, what)
+    held, tune = training.split(clean, min(_SHARE, _HELD_OUT / len(clean)), rng)
     size = min(batch, len(tune))
-    if not len(held) or size < 2:
-        raise BadInput(
-            f"Of {len(clean)} clean images {len(held)} would be held out and {len(tune)} trained "
-            "on; give more images."
-        )
     epochs = -(-(updates + 1) // (len(tune) // size))  # one update more, which ends it
     total = epochs * (len(tune) // size)
     model = deepcopy(model).eval()

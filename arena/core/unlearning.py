@@ -80,16 +80,6 @@ def settings(method: Any) -> dict[str, Any]:
     return {name: getattr(method, name) for name in _FIELDS}
 
 
-def check_held_out(clean: Images, share: float, method: str) -> None:
-    """Raise BadInput unless such a share of `clean` leaves images on both sides."""
-    held = round(share * len(clean))
-    if not 0 < held < len(clean):
-        raise BadInput(
-            f"{method}: of {len(clean)} clean images {held} would be held out; give more images "
-            "or another held_out."
-        )
-
-
 def prune(
     model: Classifier,
     clean: Images,

@@ -15,15 +15,22 @@ from arena.core.registry import BadInput, short_spec
 from arena.core.training import Recipe
 
 
+def check(model: Classifier, clean: Images, start: str) -> None:
+    """Raise BadInput unless `clean` has all classes, and `started` can make the network."""
+    training.check_clean(clean, model)
+    if start != "model" and foreign.is_foreign(model.spec.name):
+        raise BadInput(
+            f"{model.spec.name} cannot be made anew with other weights, as training from scratch "
+            "needs; use start=model where the defense has it."
+        )
+
+
 def started(model: Classifier, clean: Images, start: str, rng: Generator) -> Classifier:
     """A copy of `model`, or (start is "scratch") its architecture with new weights, calibrated on
-    `clean`. Raises BadInput where the network cannot be made anew."""
+    `clean`. Raises BadInput as `check` does."""
+    check(model, clean, start)
     if start == "model":
         return deepcopy(model)
-    if foreign.is_foreign(model.spec.name):
-        raise BadInput(
-            f"{model.spec.name} cannot be made anew with other weights; use start=model."
-        )
     new = models.fresh(model, rng)
     models.calibrate(new, clean)
     return new

@@ -158,6 +158,11 @@ def _folder(request: Request, data_dir: Path | str | None) -> Path | None:
 
 def _nothing_there(request: Request, folder: Path) -> str:
     if request.info.name == "imagefolder":
+        if any(path.suffix.lower() in readers.SUFFIXES for path in folder.iterdir()):
+            return (
+                f"{folder} holds images without labels, from which no method here can learn: sort "
+                "them into a folder per class"
+            )
         return f"{folder} holds no folders of images: it should hold one per class, or train/"
     if request.path is not None:
         return f"{folder} holds no Parquet files: expected {folder}/train-*.parquet"

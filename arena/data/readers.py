@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from arena.data.catalogue import DataError, DatasetInfo
 
 _CHUNK = 1_000  # images decoded between two reports
-_SUFFIXES = frozenset(
+SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 _ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -129,7 +129,7 @@ def image_files(folder: Path, name: str) -> dict[str, dict[str, list[Path]]]:
     found = {
         split: {
             child.name: sorted(
-                (file for file in child.rglob("[!.]*") if file.suffix.lower() in _SUFFIXES),
+                (file for file in child.rglob("[!.]*") if file.suffix.lower() in SUFFIXES),
                 key=_numeric,
             )
             for child in sorted(root.iterdir(), key=_numeric)
@@ -169,7 +169,7 @@ def _by_name(folder: Path) -> dict[str, list[Path]]:
     """class -> files class_N_…; {} where there are none or a class is missing."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir(), key=_numeric):
-        if file.suffix.lower() in _SUFFIXES and (match := re.match(r"class_(\d+)_", file.name)):
+        if file.suffix.lower() in SUFFIXES and (match := re.match(r"class_(\d+)_", file.name)):
             found.setdefault(match[1], []).append(file)
     return found if set(found) == {str(label) for label in range(len(found))} else {}
 

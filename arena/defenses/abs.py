@@ -103,8 +103,11 @@ class ABS:
                     best = Verdict(score, target, None, shown(family, one, clean))
         return best._replace(per_class=per_class)
 
-    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+    def check(self, model: Classifier, clean: Images) -> None:
         check_clean(clean, model)
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         least = self.threshold if self.unflagged == "nothing" else 0.0
         found = [each for each in self._inverted(model, clean, rng) if each[2] > least]
         model = deepcopy(model).eval()

@@ -19,12 +19,12 @@ from typing import ClassVar
 
 from torch import Generator
 
+from arena.core import whole
 from arena.core.adversarial import pgd
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import check_clean, fit
-from arena.core.whole import planned, started
+from arena.core.training import fit
 
 
 @method
@@ -69,10 +69,12 @@ class AdversarialTraining:
     epochs: int | None = param(None, "passes over the clean set; none: the recipe's", low=1)
     lr: float | None = param(None, "peak learning rate; none: the recipe's", above=0)
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        whole.check(model, clean, self.start)
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
-        check_clean(clean, model)
-        trained = started(model, clean, self.start, rng)
-        plan = planned(model, self.recipe, self.epochs, self.lr)
+        trained = whole.started(model, clean, self.start, rng)
+        plan = whole.planned(model, self.recipe, self.epochs, self.lr)
 
         def worst(batch: Images, draws: Generator) -> Images:
             # with the batch statistics of training, as in the pass that follows (and in the

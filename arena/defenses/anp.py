@@ -31,7 +31,16 @@ from arena.core.contracts import Images, Step
 from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.registry import BadInput, method, param
-from arena.core.training import Recipe, accuracy, autocast, check_clean, device_of, fit, split
+from arena.core.training import (
+    Recipe,
+    accuracy,
+    autocast,
+    check_clean,
+    check_held_out,
+    device_of,
+    fit,
+    split,
+)
 
 LEVELS = 20  # how often held-out images are asked on the way to the last channel
 
@@ -73,20 +82,18 @@ class ANP:
         0.2, "share of the clean images that only decides the stop; 0: no stop", low=0, high=0.99
     )
 
-    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+    def check(self, model: Classifier, clean: Images) -> None:
         check_clean(clean, model)
-        norms = gained(model)
-        if not norms:
+        if not gained(model):
             raise BadInput(
                 f"anp masks the gains of batch norms, of which {model.spec.name} has none; "
                 "use a network that has some (resnet18), or the defense fine_pruning."
             )
+        check_held_out(clean, self.held_out, "anp")
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         held, learn = split(clean, self.held_out, rng)
-        if len(learn) < 2 or (self.held_out > 0 and not len(held)):
-            raise BadInput(
-                f"anp: of {len(clean)} clean images {len(held)} would be held out and "
-                f"{len(learn)} learned from; give more images or another held_out."
-            )
         mask = self.learn_masks(model, learn, rng)
         model = deepcopy(model).eval()
         order = self.candidates(mask)

@@ -89,6 +89,9 @@ class Deck:
         source="MOTH's code",
     )  # fmt: skip
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        hardening.check(model, clean, "deck")
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         family: Family = families.build(
             f"deck:decoder={self.decoder},content={self.content!r},ssim={self.ssim!r},"

@@ -24,8 +24,8 @@ from arena.core.contracts import Images
 from arena.core.features import fold_mask, masked, mean_activation
 from arena.core.models import Classifier
 from arena.core.pruning import silencings
-from arena.core.registry import BadInput, method, param
-from arena.core.training import check_clean, finetuning, fit, split
+from arena.core.registry import method, param
+from arena.core.training import check_clean, check_held_out, finetuning, fit, split
 
 
 @method
@@ -49,14 +49,13 @@ class FinePruning:
     weight_decay: float = param(1e-4, "on all weights", low=0, source="NAD")
     momentum: float = param(0.9, "Nesterov", low=0, high=0.999, source="NAD")
 
-    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+    def check(self, model: Classifier, clean: Images) -> None:
         check_clean(clean, model)
+        check_held_out(clean, self.held_out, "fine_pruning")
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         held, tune = split(clean, self.held_out, rng)
-        if not len(held) or len(tune) < 2:
-            raise BadInput(
-                f"fine_pruning: of {len(clean)} clean images {len(held)} would be held out and "
-                f"{len(tune)} tuned on; give more images or another held_out."
-            )
         model = deepcopy(model).eval()
         activity = mean_activation(model, tune)
         order = activity.argsort(stable=True)[:-1]  # one channel stays

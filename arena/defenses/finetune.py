@@ -41,8 +41,11 @@ class FineTune:
     weight_decay: float = param(1e-4, "on all weights", low=0, source="NAD")
     momentum: float = param(0.9, "Nesterov", low=0, high=0.999, source="NAD")
 
-    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+    def check(self, model: Classifier, clean: Images) -> None:
         check_clean(clean, model)
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         model = deepcopy(model)
         plan = finetuning(
             epochs=self.epochs,

@@ -31,9 +31,17 @@ from arena.core.contracts import Images, Step
 from arena.core.features import reestimate_batchnorm
 from arena.core.models import Classifier
 from arena.core.progress import report
-from arena.core.registry import BadInput, method, param
+from arena.core.registry import method, param
 from arena.core.seeding import draw_seed, stream
-from arena.core.training import Recipe, accuracy, check_clean, finetuning, fit, split
+from arena.core.training import (
+    Recipe,
+    accuracy,
+    check_clean,
+    check_held_out,
+    finetuning,
+    fit,
+    split,
+)
 
 POINTS = 20  # the curve is looked at in steps of 1/POINTS, without its ends
 
@@ -81,14 +89,13 @@ class ModeConnectivityRepair:
         0.2, "share of the clean images that only chooses the point", low=0.01, high=0.99
     )
 
-    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+    def check(self, model: Classifier, clean: Images) -> None:
         check_clean(clean, model)
+        check_held_out(clean, self.held_out, "mcr")
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         held, tune = split(clean, self.held_out, rng)
-        if not len(held) or len(tune) < 2:
-            raise BadInput(
-                f"mcr: of {len(clean)} clean images {len(held)} would be held out and "
-                f"{len(tune)} trained on; give more images or another held_out."
-            )
         end = self.tuned(model, tune, rng)
         curve = Curve(model, end, stream(draw_seed(rng), "points"))
         self.train(curve, tune, rng)

@@ -93,6 +93,9 @@ class Moth:
         0.1, "share of a class's images in a batch that are stamped", above=0, high=1, source="code"
     )
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        hardening.check(model, clean, "moth")
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         family: Family = families.build(self.trigger)
         pace = hardening.Pace(

@@ -69,15 +69,18 @@ class NAD:
     weight_decay: float = param(1e-4, "on all weights", low=0, source="NAD")
     momentum: float = param(0.9, "Nesterov", low=0, high=0.999, source="NAD")
 
-    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+    def check(self, model: Classifier, clean: Images) -> None:
         check_clean(clean, model)
-        student, teacher = deepcopy(model), deepcopy(model).eval()
-        levels = _levels_with_maps(teacher)
-        if not levels:
+        if not _levels_with_maps(model):
             raise BadInput(
                 f"nad: at no feature level has {model.spec.name} a map of more than one place for "
                 "such images, so that there is no attention to distil; choose another network."
             )
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
+        student, teacher = deepcopy(model), deepcopy(model).eval()
+        levels = _levels_with_maps(teacher)
         device = device_of(model)
         weights = dict(
             zip(LEVELS, (self.beta_shallow, self.beta_middle, self.beta_deep), strict=True)

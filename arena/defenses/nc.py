@@ -37,8 +37,8 @@ from arena.core.inversion.engine import Family, Found, Search, stamped
 from arena.core.inversion.families import families
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import check_clean
-from arena.core.unlearning import check_held_out, prune, settings, unlearn
+from arena.core.training import check_clean, check_held_out
+from arena.core.unlearning import prune, settings, unlearn
 
 
 @method
@@ -101,10 +101,13 @@ class NC:
         verdict = scanning.verdict(family, found, classes, shape)
         return verdict._replace(target=target, trigger=picture)
 
-    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+    def check(self, model: Classifier, clean: Images) -> None:
         check_clean(clean, model)
         if self.mitigation == "prune":
             check_held_out(clean, self.held_out, "nc")
+
+    def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         family, found = self._inverted(model, clean, rng)
         targets = self._blamed(found, model.spec.classes, self.unflagged)
         stamps = {target: _stamp(family, found, target) for target in targets}

@@ -21,13 +21,13 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from arena.core import whole
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.pruning import head_inputs
 from arena.core.registry import method, param
-from arena.core.training import Recipe, check_clean, device_of, fit
-from arena.core.whole import started, usual
+from arena.core.training import Recipe, device_of, fit
 
 _LOOKED_AT = 5000  # training images that the figures at the end are of, at most
 
@@ -60,16 +60,18 @@ class NeuralCollapse:
         source="DECK",
     )
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        whole.check(model, clean, self.start)
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
-        check_clean(clean, model)
-        trained = started(model, clean, self.start, rng)
+        trained = whole.started(model, clean, self.start, rng)
         fit(trained, clean, self._plan(model), rng, what="training to collapse")
         error, nc1 = figures(trained, clean)
         report("training to collapse", 1, 1, training_error=error, nc1=nc1)
         return trained
 
     def _plan(self, model: Classifier) -> Recipe:
-        plan = usual(model, "paper")
+        plan = whole.usual(model, "paper")
         return replace(
             plan,
             epochs=self.epochs,

@@ -54,6 +54,9 @@ class Pairwise:
         source="MOTH's code",
     )  # fmt: skip
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        hardening.check(model, clean, "pairwise")
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         family: Family = families.build("nc")
         classes = model.spec.classes

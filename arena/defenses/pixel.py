@@ -72,6 +72,9 @@ class Pixel:
         )
         return scanning.verdict(family, found, classes, shape)
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        hardening.check(model, clean, "pixel")
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         family: Family = families.build("pixel:form=clip")
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)

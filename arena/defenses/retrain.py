@@ -14,11 +14,11 @@ from typing import ClassVar
 
 from torch import Generator
 
-from arena.core import models
+from arena.core import whole
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import check_clean, fit, recipe
+from arena.core.training import fit
 
 
 @method
@@ -32,11 +32,12 @@ class Retrain:
         None, "peak rate; none: that of the network's recipe, in proportion to the batch", above=0
     )
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        whole.check(model, clean, "scratch")
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
-        check_clean(clean, model)
-        new = models.fresh(model, rng)
-        models.calibrate(new, clean)
-        usual = recipe("fast", models.info(model.spec.name).overrides.get("fast"))
+        new = whole.started(model, clean, "scratch", rng)
+        usual = whole.usual(model, "fast")
         plan = replace(
             usual,
             epochs=self.epochs,

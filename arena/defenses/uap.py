@@ -23,12 +23,11 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from arena.core import adversarial
+from arena.core import adversarial, whole
 from arena.core.contracts import Images, Step
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import autocast, check_clean, device_of, fit
-from arena.core.whole import planned, started
+from arena.core.training import autocast, device_of, fit
 
 
 @method
@@ -71,10 +70,12 @@ class UAP:
     epochs: int | None = param(None, "passes over the clean set; none: the recipe's", low=1)
     lr: float | None = param(None, "peak learning rate; none: the recipe's", above=0)
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        whole.check(model, clean, self.start)
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
-        check_clean(clean, model)
-        trained = started(model, clean, self.start, rng)
-        plan = planned(model, self.recipe, self.epochs, self.lr)
+        trained = whole.started(model, clean, self.start, rng)
+        plan = whole.planned(model, self.recipe, self.epochs, self.lr)
         alternating = self.updates == "alternating"
         change = Change(
             trained,

@@ -52,6 +52,9 @@ class Universal:
         source="MOTH's warm-up",
     )  # fmt: skip
 
+    def check(self, model: Classifier, clean: Images) -> None:
+        hardening.check(model, clean, "universal")
+
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         family: Family = families.build("nc")
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)

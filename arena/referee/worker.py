@@ -137,6 +137,23 @@ def repair(job: Job, line: Line) -> dict[str, Any]:
     return {"budget": {**budget, "clean_images": len(clean)}}
 
 
+def usable(job: Job, line: Line) -> dict[str, Any]:
+    """Why each of several defenses cannot work with a model and a clean set; empty where it can."""
+    device = _start(job)
+    model = _network(job, job["weights"]).to(device)
+    tensors = load_tensors(Path(job["clean"]))
+    clean, reasons = Images(tensors["x"], tensors["y"]), {}
+    for spec in job["specs"]:
+        check = getattr(defenses.build(spec), "check", None)
+        reasons[spec] = ""
+        try:
+            if check is not None:
+                check(model, clean)
+        except BadInput as error:
+            reasons[spec] = str(error)
+    return {"reasons": reasons}
+
+
 def scan(job: Job, line: Line) -> dict[str, Any]:
     """Ask a scanner about a model, with a clean set."""
     device, folder = _start(job), Path(job["folder"])
@@ -345,6 +362,7 @@ def _peak_memory(device: torch.device) -> float | None:
 JOBS: dict[str, Callable[[Job, Line], dict[str, Any]]] = {
     "attack": attack,
     "repair": repair,
+    "usable": usable,
     "scan": scan,
     "detect": detect,
     "measure": measure,

@@ -5,7 +5,8 @@ classes but the target) to the target. As many problems as fit into memory advan
 pass through the frozen network serves all of them, but each has its own images, order, variables,
 optimiser state, weight on the size, best trigger so far, and end. A problem that ends leaves the
 batch and a waiting one takes its place. All draws of a problem come from its own stream, so that
-its answer does not depend on what else was asked.
+its answer does not depend on what else was asked, but for the rounding of libraries whose kernels
+go by a batch's size.
 
 Source: Wang et al. 2019, Neural Cleanse (the weight on the size follows the success); the settings
     of MOTH (Tao et al. 2022) and of its published code: rates, patience, restarts from best.
