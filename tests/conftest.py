@@ -75,7 +75,7 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     from test_cli import arena
 
     store = tmp_path_factory.mktemp("examined") / "store"
-    words = "run -d signs:size=800,classes=5 -m fastnet_small -a patch -a patch:mode=all_to_all"
+    words = "run -d signs:size=800,classes=5 -m fastnet_tiny -a patch -a patch:mode=all_to_all"
     answer = arena(*words.split(), "-D", "none", "--recipe", "smoke", "--store", store)
     assert answer.code in (0, 1), answer.err
     rows = json.loads(arena("results", "--store", store, "--format", "json").out)

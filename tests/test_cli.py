@@ -76,7 +76,7 @@ def assert_refused(answer: Answer, *words: str) -> None:
 
 # -------------------------------------------------------------------------------------- bad input
 
-TINY = ("-d", "signs:size=100,classes=5", "-m", "fastnet_small", "--recipe", "smoke")
+TINY = ("-d", "signs:size=100,classes=5", "-m", "fastnet_tiny", "--recipe", "smoke")
 BAD = {
     "attack": (("run", "-a", "pach"), "'pach'", "'patch'"),
     "defense": (("run", "-D", "finetun"), "'finetun'", "'finetune'"),
@@ -440,7 +440,7 @@ def test_start_up_is_light(words: list[str], most: float) -> None:
 
 # ------------------------------------------------------------------------------------- a small run
 
-RUN = ("run", "-d", "signs:size=600,classes=5", "-m", "fastnet_small", "--recipe", "smoke")
+RUN = ("run", "-d", "signs:size=600,classes=5", "-m", "fastnet_tiny", "--recipe", "smoke")
 MATRIX = (*RUN, "-a", "patch", "-D", "finetune:epochs=1", "-s", "0", "--device", "cpu")
 NEEDED = {
     *("board", "dataset", "model", "attack", "defense", "seed", "status", "reason"),

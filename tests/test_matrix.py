@@ -13,12 +13,12 @@ from arena.core.registry import attacks, defenses
 
 BOARD = """
 name = "matrix"
-dataset = ["signs:size=400,classes=5,side=16"]
-model = ["fastnet_small"]
+dataset = ["signs:size=300,classes=6"]
+model = ["fastnet_tiny"]
 attack = {attacks}
 defense = {defenses}
 seed = [0]
-recipe = "smoke"
+recipe = "smoke:min_steps=20"  # whether an attack takes hold is not asked here
 clean_share = 1.0  # what the defenses that train from scratch need
 timeout = 300
 """
@@ -32,6 +32,7 @@ def test_no_cell_of_all_attacks_and_defenses_fails(tmp_path: Path) -> None:
     file, store = tmp_path / "board.toml", tmp_path / "store"
     file.write_text(BOARD.format(attacks=json.dumps(against), defenses=json.dumps(own)))
     done = arena("run", file, "--store", store, "--device", "cpu")
+    assert done.code in (0, 1), done.err
     rows = json.loads(arena("results", "--store", store, "--format", "json").out)
     bad = [
         f"{row['attack']} / {row['defense']}: {row['status']}: {row.get('reason', '')}"
@@ -39,6 +40,6 @@ def test_no_cell_of_all_attacks_and_defenses_fails(tmp_path: Path) -> None:
         if row["status"] not in ("ok", "not_established", "collapsed")
     ]
     assert not bad
-    assert done.code == 0, done.err[-2000:]
+    assert done.code == 0
     board = read_board(file)
     assert len(rows) == len(board.attacks()) * len(board.defenses())

@@ -23,7 +23,7 @@ FEW = ("--device", "cpu", "--clean-share", 0.3)
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """A network's bare weights, as its maker's code would save them."""
-    network = models.build("fastnet_small", 5, (3, 32, 32), stream(0, "foreign"))
+    network = models.build("fastnet_tiny", 5, (3, 32, 32), stream(0, "foreign"))
     save_file(network.body.state_dict(), tmp_path / "mine.safetensors")
     return tmp_path / "mine.safetensors"
 
@@ -68,7 +68,7 @@ def test_what_is_recommended(before, rows, chosen, why):
 
 def test_weights_come_back_as_they_were_named(weights, tmp_path):
     out = tmp_path / "repaired.safetensors"
-    done = arena("repair", "--checkpoint", weights, "-m", "fastnet_small", "-d", SIGNS, *FEW,
+    done = arena("repair", "--checkpoint", weights, "-m", "fastnet_tiny", "-d", SIGNS, *FEW,
                  "-D", "random_prune:share=0.1", "-D", "finetune:epochs=1", "-o", out,
                  "--max-drop", 1, "--store", tmp_path / "s", "--json")  # fmt: skip
     assert done.code == 0, done.err
@@ -79,7 +79,7 @@ def test_weights_come_back_as_they_were_named(weights, tmp_path):
     assert [one["status"] for one in found["repairs"]] == ["ok", "ok"]
     assert found["recommended"] in ("random_prune:share=0.1", "finetune:epochs=1")
     chosen = next(one for one in found["repairs"] if one["defense"] == found["recommended"])
-    again = arena("repair", "--checkpoint", out, "-m", "fastnet_small", "-d", SIGNS, *FEW,
+    again = arena("repair", "--checkpoint", out, "-m", "fastnet_tiny", "-d", SIGNS, *FEW,
                   "-D", "none", "-o", tmp_path / "again.safetensors", "--json",
                   "--store", tmp_path / "s")  # fmt: skip
     assert json.loads(again.out)["before"]["accuracy"] == pytest.approx(chosen["accuracy"])
@@ -131,7 +131,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_a_folder_of_one_s_own_images_is_used_whole(weights, photos, tmp_path):
     out = tmp_path / "out.safetensors"
-    words = ("repair", "--checkpoint", weights, "-m", "fastnet_small", "--images", photos,
+    words = ("repair", "--checkpoint", weights, "-m", "fastnet_tiny", "--images", photos,
              "-D", "finetune", "-D", "uap", "--recipe", "smoke", "--max-drop", 1, "-o", out,
              "--device", "cpu", "--store", tmp_path / "s", "--json")  # fmt: skip
     done = arena(*words)
@@ -151,7 +151,7 @@ def test_with_too_few_images_the_defenses_that_remain_are_named(weights, photos,
     for label in range(5):
         for file in sorted((photos / str(label)).iterdir())[2:]:
             file.unlink()
-    words = ("repair", "--checkpoint", weights, "-m", "fastnet_small", "--images", photos,
+    words = ("repair", "--checkpoint", weights, "-m", "fastnet_tiny", "--images", photos,
              "-o", tmp_path / "out.safetensors", "--device", "cpu", "--recipe", "smoke",
              "--max-drop", 1, "--store", tmp_path / "s")  # fmt: skip
     spec = "fine_pruning:held_out=0.01"
@@ -173,7 +173,7 @@ def test_images_without_labels_are_refused_with_the_mend(weights, photos, tmp_pa
         file.rename(photos / f"{file.parent.name}-{file.name}")
     for label in range(5):
         (photos / str(label)).rmdir()
-    done = arena("repair", "--checkpoint", weights, "-m", "fastnet_small", "--images", photos,
+    done = arena("repair", "--checkpoint", weights, "-m", "fastnet_tiny", "--images", photos,
                  "-D", "nad", "-o", tmp_path / "out.safetensors")  # fmt: skip
     assert_refused(done, "holds images without labels, from which no method here can learn: sort")
 

@@ -98,7 +98,7 @@ class CleanLabel:
     surrogate: str = param(
         "fastnet_robust",
         "network on which the images are perturbed",
-        under={"smoke": "fastnet_small"},
+        under={"smoke": "fastnet_tiny"},
     )
     surrogate_epochs: int = param(
         8, "passes over the data in its training", low=1, under={"smoke": 1}

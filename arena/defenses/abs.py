@@ -55,9 +55,9 @@ class ABS:
         "neurons that triggers are searched for",
         low=1,
         source="code",
-        under={"fast": 10, "smoke": 2},
+        under={"fast": 10, "smoke": 1},
     )
-    steps: int = param(1000, "passes over the images", low=1, source="code", under={"smoke": 20})
+    steps: int = param(1000, "passes over the images", low=1, source="code", under={"smoke": 10})
     samples: int = param(
         90, "clean images used; triggers are optimised on a third", low=3, under={"smoke": 18}
     )

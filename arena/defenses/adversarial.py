@@ -66,7 +66,9 @@ class AdversarialTraining:
         choices=("smoke", "fast", "paper"),
         under={"fast": "fast", "smoke": "smoke"},
     )
-    epochs: int | None = param(None, "passes over the clean set; none: the recipe's", low=1)
+    epochs: int | None = param(
+        None, "passes over the clean set; none: the recipe's", low=1, under={"smoke": 1}
+    )
     lr: float | None = param(None, "peak learning rate; none: the recipe's", above=0)
 
     def check(self, model: Classifier, clean: Images) -> None:

@@ -59,7 +59,7 @@ class ANP:
         "updates of the masks, rounded up to whole passes",
         low=1,
         source="paper",
-        under={"fast": 500, "smoke": 20},
+        under={"fast": 500, "smoke": 6},
     )
     lr: float = param(0.2, "learning rate of the masks", above=0, source="paper")
     momentum: float = param(0.9, "Nesterov", low=0, high=0.999, source="paper")

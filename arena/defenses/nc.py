@@ -48,7 +48,7 @@ class NC:
         "passes over the images, at most",
         low=1,
         source="library",
-        under={"fast": 200, "smoke": 20},
+        under={"fast": 200, "smoke": 10},
     )
     samples: int = param(
         270, "clean images per class searched", low=1, under={"fast": 90, "smoke": 18}

@@ -25,8 +25,10 @@ from arena.core.training import fit
 class Retrain:
     null: ClassVar[bool] = True
 
-    epochs: int = param(30, "passes over the clean set", low=1)
-    min_steps: int = param(300, "updates at least; a small set gets more passes", low=0)
+    epochs: int = param(30, "passes over the clean set", low=1, under={"smoke": 2})
+    min_steps: int = param(
+        300, "updates at least; a small set gets more passes", low=0, under={"smoke": 20}
+    )
     batch: int = param(128, "images per update; a smaller set lowers it", low=2)
     lr: float | None = param(
         None, "peak rate; none: that of the network's recipe, in proportion to the batch", above=0

@@ -61,7 +61,8 @@ def context() -> Any:
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
     made = mp.get_context("forkserver")
-    made.set_forkserver_preload(["arena.referee.worker"])
+    # torch imports the compiler's front end with the first optimiser: for seconds, in every worker
+    made.set_forkserver_preload(["torch._dynamo", "arena.referee.worker"])
     return made
 
 

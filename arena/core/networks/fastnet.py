@@ -82,6 +82,10 @@ def fastnet_small(classes: int, shape: tuple[int, int, int]) -> nn.Module:
     return FastNet(classes, shape[0], (32, 64, 128))
 
 
+def fastnet_tiny(classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    return FastNet(classes, shape[0], (8, 16, 32))
+
+
 _LEVELS = ("group1", "group2", "group3")
 
 NETWORKS = {
@@ -100,6 +104,15 @@ NETWORKS = {
         head="head",
         summary="a quarter of fastnet for tests and demonstrations, widths 32/64/128",
         source="Jordan 2024, arXiv 2404.00498; narrower",
+        overrides={"fast": SPEEDRUN, "smoke": {"lr": 0.4, "bias_lr": 16.0}},
+        sides=(16, 224),
+    ),
+    "fastnet_tiny": Network(
+        build=fastnet_tiny,
+        levels=_LEVELS,
+        head="head",
+        summary="to see that things run, widths 8/16/32; a tenth of fastnet_small's work",
+        source="Jordan 2024, arXiv 2404.00498; narrower still",
         overrides={"fast": SPEEDRUN, "smoke": {"lr": 0.4, "bias_lr": 16.0}},
         sides=(16, 224),
     ),
