@@ -10,7 +10,7 @@ import torch
 import toys
 from torch import Tensor, nn
 
-from arena.core import features, pruning
+from arena.core import features, models, pruning
 from arena.core.contracts import Images, Repairs
 from arena.core.models import Classifier
 from arena.core.registry import BadInput, defenses
@@ -320,7 +320,7 @@ def test_retrain_scales_the_rate_of_the_network(planted, clean, rng, monkeypatch
     plans = []
     monkeypatch.setattr(retrain, "fit", lambda model, data, plan, rng, what: plans.append(plan))
     speed = dataclasses.replace(toys.NETWORK, overrides={"fast": {"lr": 0.8, "bias_lr": 64.0}})
-    monkeypatch.setitem(retrain.models._catalogue(), "planted", speed)
+    monkeypatch.setitem(models._catalogue(), "planted", speed)
     defenses.build("retrain:batch=64").repair(planted, clean, rng)
     defenses.build("retrain:batch=64,lr=0.3").repair(planted, clean, rng)
     assert [plan.lr for plan in plans] == pytest.approx([0.1, 0.3])

@@ -72,9 +72,9 @@ def test_no_update_sees_a_held_out_image(planted, clean):
         shown.update((images.x[:, 0, 0, 0] * 255).round().int().tolist())
         return images
 
-    settings = {"updates": 30, "max_drop": 1.0, "batch": 40, "crop": 0, "lr": 1e-9}
-    hardened(planted, clean, stream(0, "h"), watch, held_out=0.4, **settings)
-    assert len(tuned[0]) == 120
+    settings = {"updates": 30, "max_drop": 1.0, "batch": 36, "crop": 0, "lr": 1e-9}
+    hardened(planted, clean, stream(0, "h"), watch, **settings)
+    assert len(tuned[0]) == 180
     assert shown == set(tuned[0].x[:, 0, 0, 0].int().tolist())
 
 

@@ -49,7 +49,7 @@ class Deck:
         "batches trained on, the warm-up's one per class included",
         low=1,
         source="MOTH",
-        under={"fast": 150, "smoke": 3},
+        under={"fast": 240, "smoke": 3},
     )
     batch: int = param(
         128, "images per update; a smaller set lowers it", low=2, source="MOTH's code"
@@ -67,32 +67,33 @@ class Deck:
         "passes of a round's first inversion",
         low=1,
         source="MOTH's code",
-        under={"fast": 30, "smoke": 2},
+        under={"smoke": 2},
     )
     more: int = param(
         40,
         "passes of those that go on from it",
         low=1,
         source="MOTH's code",
-        under={"fast": 10, "smoke": 1},
+        under={"smoke": 1},
     )
     warm_passes: int = param(
         300,
         "passes of the warm-up's inversions",
         low=1,
         source="DECK",
-        under={"fast": 30, "smoke": 2},
+        under={"smoke": 2},
     )
     asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="DECK")
     portion: float = param(
         0.1, "share of a class's images in a batch that are stamped", above=0, high=1,
-        source="MOTH's code", under={"fast": 0.5},
+        source="MOTH's code",
     )  # fmt: skip
 
     def check(self, model: Classifier, clean: Images) -> None:
         hardening.check(model, clean, "deck")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         family: Family = families.build(
             f"deck:decoder={self.decoder},content={self.content!r},ssim={self.ssim!r},"
             f"smooth={self.smooth!r},norm={self.norm!r}"

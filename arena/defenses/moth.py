@@ -98,6 +98,7 @@ class Moth:
         hardening.check(model, clean, "moth")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         family: Family = families.build(self.trigger)
         pace = hardening.Pace(
             first=self.first, more=self.more, asr=self.asr, portion=self.portion, reuse=self.reuse

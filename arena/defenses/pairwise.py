@@ -58,6 +58,7 @@ class Pairwise:
         hardening.check(model, clean, "pairwise")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         family: Family = families.build("nc")
         classes = model.spec.classes
         pace = hardening.Pace(

@@ -76,6 +76,7 @@ class Pixel:
         hardening.check(model, clean, "pixel")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         family: Family = families.build("pixel:form=clip")
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
         return hardening.by_classes(

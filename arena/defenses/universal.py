@@ -56,6 +56,7 @@ class Universal:
         hardening.check(model, clean, "universal")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
+        self.check(model, clean)
         family: Family = families.build("nc")
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
         return hardening.by_classes(
