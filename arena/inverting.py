@@ -208,6 +208,7 @@ def class_distances(
         "split": question.split,
         "steps": question.search.steps,
         "stall": question.search.stall,
+        "passes": sum(one.steps for one in found),
         "asked_asr": question.search.asr,
         "seed": question.seed,
         "seconds": seconds,

@@ -117,21 +117,23 @@ def _usable(
 ) -> tuple[list[str], list[str]]:
     """Why each of the defenses asked cannot work here (empty where it can), and the others' names
     that can."""
-    built = [defenses.build(name, question.recipe) for name in repairs()]
-    free = [
-        method
-        for method in built
-        if not getattr(method, "null", False)
-        and method.method_name not in {one.method_name for one in asked}
-        and not share_refusal(method, question.clean_share)
-    ]
-    specs = [spec_of(method) for method in (*asked, *free)]
+    specs = [spec_of(method) for method in asked]
+    named = {method.method_name for method in asked}
+    free = [name for name in repairs() if name not in named and not _is_null(name)]
+    asking = {
+        "specs": [*specs, *free],
+        "recipe": question.recipe,
+        "clean_share": question.clean_share,
+    }
     answer, _ = ask(
-        subject, "usable", {"specs": specs}, store, clean_share=question.clean_share, device=device
+        subject, "usable", asking, store, clean_share=question.clean_share, device=device
     )
     reasons: dict[str, str] = answer["reasons"]
-    others = [method.method_name for method in free if not reasons[spec_of(method)]]
-    return [reasons[spec_of(method)] for method in asked], others
+    return [reasons[spec] for spec in specs], [name for name in free if not reasons[name]]
+
+
+def _is_null(name: str) -> bool:
+    return bool(defenses.describe(name).traits.get("null", False))
 
 
 def _hint(others: Sequence[str]) -> str:

@@ -234,7 +234,7 @@ def test_anp_removes_a_learned_backdoor(victim, clean):
     test = toys.images(200, stream(0, "test"))
     assert accuracy(victim, test) > 0.98
     assert toys.success(victim, test) > 0.98
-    defense = ANP(iterations=200, lr=1.0, batch=32, crop=0, threshold=0.5)
+    defense = ANP(iterations=100, lr=1.0, batch=32, crop=0, threshold=0.7)
     mask = defense.learn_masks(victim, clean, stream(0))
     assert float(mask.min()) >= 0
     assert float(mask.max()) == 1
@@ -242,7 +242,7 @@ def test_anp_removes_a_learned_backdoor(victim, clean):
     gone = int((gains(repaired) == 0).sum())
     assert 5 < gone < 60
     assert accuracy(repaired, test) > 0.95
-    assert toys.success(repaired, test) < 0.2
+    assert toys.success(repaired, test) < 0.1
     others = deepcopy(victim)
     silence(others, mask.argsort(descending=True)[: min(gone, 10)])
     assert toys.success(others, test) > 0.5

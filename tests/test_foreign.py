@@ -195,7 +195,7 @@ def test_a_factory_s_model_is_examined_in_a_process_of_its_own(net, weights, tmp
 
 def test_it_is_trained_further_but_not_made_anew(net, weights):
     subject = of_checkpoint(weights, f"{net}:make", SIGNS)
-    with pytest.raises(BadInput, match="cannot be made anew with other weights; use start=model"):
+    with pytest.raises(BadInput, match="cannot be made anew with other weights, as"):
         started(subject.model, subject.data.train, "scratch", stream(0, "anew"))
     copied = started(subject.model, subject.data.train, "model", stream(0, "anew"))
     assert copied is not subject.model

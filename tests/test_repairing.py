@@ -140,9 +140,9 @@ def test_a_folder_of_one_s_own_images_is_used_whole(weights, photos, tmp_path):
     # a tenth is the test set, 4 % of the rest the validation images; whatever is left is used
     assert found["clean_share"] == 1
     assert found["clean_images"] + found["validation_images"] == 36
-    assert found["repairs"][1]["defense"] == "uap:recipe=smoke", "the recipe shortens it"
+    assert found["repairs"][1]["defense"] == "uap:recipe=smoke,epochs=1", "the recipe shortens it"
     few = arena(*words, "--clean-share", 0.5)
-    assert_refused(few, "uap:recipe=smoke trains on 100% of the training images")
+    assert_refused(few, "uap:recipe=smoke,epochs=1 trains on 100% of the training images")
     both = arena(*words, "-d", "signs")
     assert_refused(both, "Give -d DATASET or --images FOLDER, not both.")
 

@@ -55,8 +55,7 @@ def mean_activation(
     if len(images) == 0:
         raise ValueError("a mean activation needs at least 1 image, got 0")
     device = _device(model)
-    with _modes_kept(model):
-        model.eval()
+    with evaluating(model):
         sums = []
         for part in images.x.split(batch):
             out = features(model, to_float(part.to(device)), (level,))[level].double()
@@ -117,8 +116,7 @@ def reestimate_batchnorm(model: nn.Module, images: Images, batch: int = 512) -> 
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     device, parts = _device(model), math.ceil(len(images) / max(2, batch))
     momenta = [norm.momentum for norm in norms]
-    with _modes_kept(model):
-        model.eval()
+    with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
@@ -137,9 +135,10 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module leaves in the mode, training or evaluation, in which it came."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module leaves in the mode in which it came."""
     modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:

@@ -29,7 +29,6 @@ from arena.core.inversion.engine import Family, Found, Problem, State, invert, s
 from arena.core.inversion.frozen import Frozen
 from arena.core.models import Classifier
 from arena.core.progress import report
-from arena.core.registry import BadInput
 from arena.core.seeding import draw_seed
 
 _SHARE, _HELD_OUT = 0.1, 1000  # of the clean images decide when to stop, and at most so many
@@ -50,12 +49,11 @@ class _Enough(Exception):
 def check(model: Classifier, clean: Images, method: str) -> None:
     """Raise BadInput unless `clean` has all classes, and images to hold out and to train on."""
     training.check_clean(clean, model)
-    held = round(min(_SHARE, _HELD_OUT / len(clean)) * len(clean))
-    if not held or len(clean) - held < 2:
-        raise BadInput(
-            f"{method}: of {len(clean)} clean images {held} would be held out and "
-            f"{len(clean) - held} trained on; give more images."
-        )
+    training.check_held_out(clean, _held_out(clean), method, "give more images")
+
+
+def _held_out(clean: Images) -> float:
+    return min(_SHARE, _HELD_OUT / len(clean))
 
 
 def hardened(
@@ -79,7 +77,7 @@ def hardened(
     Raises BadInput where the clean set is too small to hold images out.
     """
     check(model, clean, what)
-    held, tune = training.split(clean, min(_SHARE, _HELD_OUT / len(clean)), rng)
+    held, tune = training.split(clean, _held_out(clean), rng)
     size = min(batch, len(tune))
     epochs = -(-(updates + 1) // (len(tune) // size))  # one update more, which ends it
     total = epochs * (len(tune) // size)

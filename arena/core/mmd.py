@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from arena.core.contracts import Images
-from arena.core.features import features
+from arena.core.features import evaluating, features
 from arena.core.models import LEVELS, Classifier
 from arena.core.registry import nearest
 from arena.core.training import device_of, logits, to_float
@@ -180,14 +180,9 @@ def _by_answer(model: nn.Module, x: Tensor, rng: Generator) -> dict[int, Tensor]
 def _levels(model: Classifier, x: Tensor, batch: int = 250) -> dict[str, Tensor]:
     """Level -> features (N, D) of the images (uint8), in evaluation mode, on the model's device."""
     device = device_of(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     parts: dict[str, list[Tensor]] = {level: [] for level in LEVELS}
-    try:
+    with evaluating(model):
         for images in x.split(batch):
             for level, z in features(model, to_float(images.to(device))).items():
                 parts[level].append(z.flatten(1))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return {level: torch.cat(values) for level, values in parts.items()}

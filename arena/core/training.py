@@ -199,13 +199,15 @@ def check_clean(clean: Images, model: Classifier) -> None:
         )
 
 
-def check_held_out(clean: Images, share: float, method: str) -> None:
+def check_held_out(
+    clean: Images, share: float, method: str, mend: str = "give more images or another held_out"
+) -> None:
     """Raise BadInput unless `split` leaves an image to hold out (where share > 0) and two more."""
     held = round(share * len(clean))
     if (share > 0 and not held) or len(clean) - held < 2:
         raise BadInput(
             f"{method}: of {len(clean)} clean images {held} would be held out and "
-            f"{len(clean) - held} trained on; give more images or another held_out."
+            f"{len(clean) - held} trained on; {mend}."
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from arena.core.folders import SUFFIXES
 from arena.data import cache, readers
 from arena.data.cache import Entry, Recipe
 from arena.data.catalogue import DataError, Request
@@ -158,7 +159,7 @@ def _folder(request: Request, data_dir: Path | str | None) -> Path | None:
 
 def _nothing_there(request: Request, folder: Path) -> str:
     if request.info.name == "imagefolder":
-        if any(path.suffix.lower() in readers.SUFFIXES for path in folder.iterdir()):
+        if any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
             return (
                 f"{folder} holds images without labels, from which no method here can learn: sort "
                 "them into a folder per class"

@@ -24,12 +24,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from arena.core.folders import SUFFIXES
 from arena.data.catalogue import DataError, DatasetInfo
 
 _CHUNK = 1_000  # images decoded between two reports
-SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
 _ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _LABELS = ("label", "labels", "fine_label", "class", "target", "y")
 

@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from arena.core.contracts import Images, Step
-from arena.core.features import features
+from arena.core.features import evaluating, features
 from arena.core.models import LEVELS, Classifier
 from arena.core.registry import BadInput, method, param
 from arena.core.training import (
@@ -131,5 +131,6 @@ def distance(student: Tensor, teacher: Tensor, level: str, power: float = 2.0) -
 @torch.no_grad()
 def _levels_with_maps(model: Classifier) -> list[str]:
     blank = torch.zeros(1, *model.spec.shape, device=device_of(model))
-    found = features(model, blank)
+    with evaluating(model):
+        found = features(model, blank)
     return [level for level in LEVELS if found[level].ndim == 4 and found[level][0, 0].numel() > 1]

@@ -51,7 +51,7 @@ class Pairwise:
     asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="MOTH")
     portion: float = param(
         0.1, "share of a class's images in a batch that are stamped", above=0, high=1,
-        source="MOTH's code", under={"fast": 0.5},
+        source="MOTH's code",
     )  # fmt: skip
 
     def check(self, model: Classifier, clean: Images) -> None:

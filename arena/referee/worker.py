@@ -29,7 +29,8 @@ from arena.core.registry import BadInput, attacks, defenses
 from arena.core.seeding import stream
 from arena.core.triggers import tensors_of
 from arena.core.victims import bound
-from arena.referee.isolate import Line, Refused
+from arena.core.whole import share_refusal
+from arena.referee.isolate import Line, Refused, explain
 from arena.referee.keeping import FileCheckpoint, StoreKeeper
 from arena.store import Store, load_tensors, save_tensors
 
@@ -142,15 +143,24 @@ def usable(job: Job, line: Line) -> dict[str, Any]:
     device = _start(job)
     model = _network(job, job["weights"]).to(device)
     tensors = load_tensors(Path(job["clean"]))
-    clean, reasons = Images(tensors["x"], tensors["y"]), {}
+    clean = Images(tensors["x"], tensors["y"])
+
+    def reason(spec: str) -> str:
+        method = defenses.build(spec, job["recipe"])
+        if refusal := share_refusal(method, job["clean_share"]):
+            return refusal
+        if hasattr(method, "check"):
+            method.check(model, clean)
+        return ""
+
+    reasons = {}
     for spec in job["specs"]:
-        check = getattr(defenses.build(spec), "check", None)
-        reasons[spec] = ""
         try:
-            if check is not None:
-                check(model, clean)
+            reasons[spec] = reason(spec)
         except BadInput as error:
             reasons[spec] = str(error)
+        except Exception as error:  # one that is broken says nothing of the others
+            reasons[spec] = explain(error)
     return {"reasons": reasons}
 
 

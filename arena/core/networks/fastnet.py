@@ -74,46 +74,32 @@ class FastNet(nn.Module):
         return self.head(self.pool(x).flatten(1)) * HEAD_SCALE
 
 
-def fastnet(classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    return FastNet(classes, shape[0], (64, 256, 256))
+def _sized(widths: tuple[int, int, int], summary: str, source: str) -> Network:
+    return Network(
+        build=lambda classes, shape: FastNet(classes, shape[0], widths),
+        levels=("group1", "group2", "group3"),
+        head="head",
+        summary=summary,
+        source=source,
+        overrides={"fast": SPEEDRUN, "smoke": {"lr": 0.4, "bias_lr": 16.0}},
+        sides=(16, 224),
+    )
 
-
-def fastnet_small(classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    return FastNet(classes, shape[0], (32, 64, 128))
-
-
-def fastnet_tiny(classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    return FastNet(classes, shape[0], (8, 16, 32))
-
-
-_LEVELS = ("group1", "group2", "group3")
 
 NETWORKS = {
-    "fastnet": Network(
-        build=fastnet,
-        levels=_LEVELS,
-        head="head",
-        summary="fast network for CPU runs, widths 64/256/256, 1.97 million weights",
-        source="Jordan 2024, arXiv 2404.00498; with ReLU and ceiling pooling",
-        overrides={"fast": SPEEDRUN, "smoke": {"lr": 0.4, "bias_lr": 16.0}},
-        sides=(16, 224),
+    "fastnet": _sized(
+        (64, 256, 256),
+        "fast network for CPU runs, widths 64/256/256, 1.97 million weights",
+        "Jordan 2024, arXiv 2404.00498; with ReLU and ceiling pooling",
     ),
-    "fastnet_small": Network(
-        build=fastnet_small,
-        levels=_LEVELS,
-        head="head",
-        summary="a quarter of fastnet for tests and demonstrations, widths 32/64/128",
-        source="Jordan 2024, arXiv 2404.00498; narrower",
-        overrides={"fast": SPEEDRUN, "smoke": {"lr": 0.4, "bias_lr": 16.0}},
-        sides=(16, 224),
+    "fastnet_small": _sized(
+        (32, 64, 128),
+        "a quarter of fastnet for tests and demonstrations, widths 32/64/128",
+        "Jordan 2024, arXiv 2404.00498; narrower",
     ),
-    "fastnet_tiny": Network(
-        build=fastnet_tiny,
-        levels=_LEVELS,
-        head="head",
-        summary="to see that things run, widths 8/16/32; a tenth of fastnet_small's work",
-        source="Jordan 2024, arXiv 2404.00498; narrower still",
-        overrides={"fast": SPEEDRUN, "smoke": {"lr": 0.4, "bias_lr": 16.0}},
-        sides=(16, 224),
+    "fastnet_tiny": _sized(
+        (8, 16, 32),
+        "to see that things run, widths 8/16/32",
+        "Jordan 2024, arXiv 2404.00498; narrower still",
     ),
 }
