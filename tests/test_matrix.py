@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ def test_no_cell_of_all_attacks_and_defenses_fails(tmp_path: Path) -> None:
     own = [name for name in repairs if name not in NULL_DEFENSES]
     file, store = tmp_path / "board.toml", tmp_path / "store"
     file.write_text(BOARD.format(attacks=json.dumps(against), defenses=json.dumps(own)))
-    done = arena("run", file, "--store", store, "--device", "cpu")
+    workers = min(4, os.cpu_count() or 1)
+    done = arena("run", file, "--store", store, "--device", "cpu", "--workers", workers)
     assert done.code in (0, 1), done.err
     rows = json.loads(arena("results", "--store", store, "--format", "json").out)
     bad = [
