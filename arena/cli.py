@@ -83,6 +83,13 @@ ImagesOption = Annotated[
         help="Or a folder of images for them, one folder per class; -d imagefolder:PATH.",
     ),
 ]
+LabelsOption = Annotated[
+    str,
+    typer.Option(
+        help="given: by the images' folders; model: for images without labels, the model's own "
+        "answers."
+    ),
+]
 MethodRecipeOption = Annotated[
     str, typer.Option("--recipe", help="paper; fast and smoke shorten methods, see `arena info`.")
 ]
@@ -658,6 +665,7 @@ def distance(
     trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
     images: ImagesOption = None,
+    labels: LabelsOption = "given",
     method: MethodOption = "nc",
     encoder: EncoderOption = None,
     pairs: Annotated[
@@ -690,7 +698,7 @@ def distance(
 
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
     opened, subject = _subject(
-        cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle
+        cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle, labels
     )
     other = None
     if baseline is not None:
@@ -725,6 +733,7 @@ def invert(
     trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
     images: ImagesOption = None,
+    labels: LabelsOption = "given",
     victim: Annotated[
         int | None, typer.Option("--victim", "-v", help="Class that it works on; else all.")
     ] = None,
@@ -759,7 +768,7 @@ def invert(
 
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
     opened, subject = _subject(
-        cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle
+        cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle, labels
     )
     with _status("inverting a trigger", quiet=as_json):
         if encoder is not None:
@@ -796,6 +805,7 @@ def scan(
     trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
     images: ImagesOption = None,
+    labels: LabelsOption = "given",
     method: Annotated[str, typer.Option(help="See `arena list scanners`.")] = "nc",
     clean_share: CleanShareOption = None,
     recipe: MethodRecipeOption = "paper",
@@ -814,7 +824,9 @@ def scan(
 
     dataset = _named(dataset, images)
     share = _share(clean_share, checkpoint, dataset)
-    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
+    opened, subject = _subject(
+        cell, checkpoint, model, dataset, data_dir, store, trust_pickle, labels
+    )
     with _status("scanning", quiet=as_json):
         found, trigger = scanning.scan(
             subject, method, opened, clean_share=share, recipe=recipe, device=_device(device)
@@ -835,6 +847,7 @@ def repair(
     trust_pickle: TrustOption = False,
     dataset: DatasetOption = None,
     images: ImagesOption = None,
+    labels: LabelsOption = "given",
     defense: Annotated[
         list[str] | None,
         typer.Option("--defense", "-D", help="How to repair; several are compared."),
@@ -856,6 +869,7 @@ def repair(
 ) -> None:
     """Repair a suspicious model in one or several ways, compare, and keep the best."""
     from arena import listing, repairing
+    from arena.data import unlabelled
     from arena.store import save_tensors, write_atomically
     from arena.subjects import as_given
 
@@ -865,8 +879,14 @@ def repair(
         tuple(defense or ()), scanner if scan else None, share, max_drop, recipe
     )
     repairing.check(question)  # unknown names before any model is read
-    opened, subject = _subject(cell, checkpoint, model, dataset, data_dir, store, trust_pickle)
+    asking = labels == "given" and dataset is not None and unlabelled.holds(dataset)
+    opened, subject = _subject(
+        cell, checkpoint, model, dataset, data_dir, store, trust_pickle,
+        "model" if asking else labels,
+    )  # fmt: skip
     with _status("repairing", quiet=as_json):
+        if asking:
+            raise BadInput(repairing.unlabelled(subject, question, opened, device=_device(device)))
         found, weights = repairing.repair(subject, question, opened, device=_device(device))
     report = out.with_suffix(".md")
     found["report"] = str(report)
@@ -949,16 +969,20 @@ def _subject(
     data_dir: Path | None,
     store: Path | None,
     trust_pickle: bool = False,
+    labels: str = "given",
 ) -> tuple[Store, Subject]:
     """The model that a user means, and the store to keep answers in. Raises BadInput."""
+    from arena.data import unlabelled
     from arena.store import Store
-    from arena.subjects import of_cell, of_checkpoint
+    from arena.subjects import of_cell, of_checkpoint, of_unlabelled
 
     if (cell is None) == (checkpoint is None):
         raise BadInput(
             "Name a cell, or a file of weights with --checkpoint FILE --model NAME and -d DATASET "
             "or --images FOLDER."
         )
+    if labels not in (known := ("given", "model")):
+        raise BadInput(f"There are no labels {labels!r}; {nearest(labels, known)}.")
     if cell is not None:
         opened = _open_store(store)
         return opened, of_cell(opened, cell, data_dir)
@@ -968,9 +992,12 @@ def _subject(
             "--checkpoint needs --model NAME and -d DATASET or --images FOLDER, which the file "
             "cannot say; a whole pickled model needs --trust-pickle in the model's place."
         )
-    return Store(store or Path("runs") / "adhoc"), of_checkpoint(
-        checkpoint, model, dataset, data_dir, trust_pickle=trust_pickle
-    )
+    opened = Store(store or Path("runs") / "adhoc")
+    if labels == "model":
+        if not dataset.startswith("imagefolder:") or not unlabelled.holds(dataset):
+            raise BadInput("--labels model is for --images FOLDER of images without labels.")
+        return opened, of_unlabelled(checkpoint, model, dataset, trust_pickle=trust_pickle)
+    return opened, of_checkpoint(checkpoint, model, dataset, data_dir, trust_pickle=trust_pickle)
 
 
 @app.command()

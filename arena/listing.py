@@ -620,6 +620,12 @@ def detections(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_OWN_ANSWERS = (
+    "The images have no labels; the model's own answers stand for them, so accuracy is how often a "
+    "repaired model agrees with it."
+)
+
+
 def repairs(found: Mapping[str, Any]) -> str:
     """What `arena repair` found, as a page of Markdown."""
     scanned = found["scanner"] is not None
@@ -641,6 +647,7 @@ def repairs(found: Mapping[str, Any]) -> str:
         f"{found['data']}; {found['clean_images']} clean images to repair with; accuracy on "
         f"{found['validation_images']} others.",
         *([f"Scanner: {found['scanner']}."] if scanned else []),
+        *([_OWN_ANSWERS] if found["labels"] == "model" else []),
         "",
         *table,
         "",

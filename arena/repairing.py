@@ -100,6 +100,7 @@ def repair(
         "model": subject.name,
         "weights": subject.digest,
         "data": subject.data.name,
+        "labels": "model" if subject.self_labelled else "given",
         "validation_images": len(subject.data.val),
         "clean_share": question.clean_share,
         "clean_images": next(r["budget"]["clean_images"] for r in rows if r["status"] == "ok"),
@@ -110,6 +111,21 @@ def repair(
         "recommended": chosen,
         "because": why,
     }, None if chosen is None else weights[chosen]
+
+
+def unlabelled(subject: Subject, question: Question, store: Store, *, device: str = "cpu") -> str:
+    """What to say of images without labels: what could be done with them, and with which repairs.
+
+    subject: as `arena.subjects.of_unlabelled` makes it.
+    """
+    _, able = _usable(subject, (), question, store, device)
+    said = (
+        f"{subject.data.name.partition(':')[2]} holds images without labels: sort them into a "
+        "folder per class, or let the model's own answers stand for labels (--labels model)"
+    )
+    if not able:
+        return f"{said}; these are too few or lack a class, so that no defense could work."
+    return f"{said}, with which could work: {', '.join(able)}."
 
 
 def _usable(

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from arena import data as datasets
-from arena.core import foreign, models
+from arena.core import foreign, models, training
 from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.registry import BadInput
 from arena.core.seeding import stream
-from arena.data import Dataset
+from arena.data import Dataset, unlabelled
 from arena.referee import isolate
 from arena.store import Store, load_tensors, save_tensors
 from arena.store import digest as json_digest
@@ -40,6 +40,7 @@ class Subject:
     digest: str  # of its weights
     seed: int = 0  # of the cell
     poisoned: Tensor | None = None  # rows of the training set that a defender never gets
+    self_labelled: bool = False  # the data's labels are this model's own answers
     bare: bool = False  # its file names the weights of the network alone, as its maker's code does
 
 
@@ -70,7 +71,7 @@ def of_cell(store: Store, prefix: str, data_dir: Path | None = None) -> Subject:
 def of_checkpoint(
     file: Path,
     model: str | None,
-    dataset: str,
+    dataset: str | Dataset,
     data_dir: Path | None = None,
     *,
     trust_pickle: bool = False,
@@ -89,7 +90,7 @@ def of_checkpoint(
         return _of_pickle(file, dataset, data_dir, trust_pickle)
     if foreign.is_factory(model):
         weights = read_weights(file)
-        data = datasets.load(dataset, data_dir=data_dir)
+        data = _data(dataset, data_dir)
         network = foreign.build(_absolute(model), data.num_classes, data.shape)
         filled = _loaded(network, weights, file.name)
         return Subject(filled, data, file.name, digest(weights), bare=_is_bare(weights))
@@ -98,9 +99,45 @@ def of_checkpoint(
     except ValueError as error:
         raise BadInput(f"There is {error}.") from None
     weights = read_weights(file)
-    data = datasets.load(dataset, data_dir=data_dir)
+    data = _data(dataset, data_dir)
     filled = _filled(model, data, weights, file.name)
     return Subject(filled, data, file.name, digest(weights), bare=_is_bare(weights))
+
+
+def of_unlabelled(
+    file: Path, model: str | None, images: str, *, trust_pickle: bool = False
+) -> Subject:
+    """As `of_checkpoint`, with images of one's own (`arena.data.unlabelled`) whose labels are the
+    model's own answers: of a backdoored model they are right for most clean images.
+
+    Accuracies on such a data set are how often another model agrees with this one.
+    """
+    pixels = unlabelled.read(images)
+    shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+    if model is None:
+        count = foreign.classes_of(_trusted(file, trust_pickle), shape)
+    elif foreign.is_factory(model):
+        count = foreign.classes_of(_absolute(model), shape)
+    else:
+        count = _outputs(file, model)
+    blank = unlabelled.labelled(images, pixels, torch.arange(len(pixels)) % count, count)
+    subject = of_checkpoint(file, model, blank, trust_pickle=trust_pickle)
+    answers = training.logits(subject.model, pixels).argmax(1)
+    data = unlabelled.labelled(images, pixels, answers, count)
+    return replace(subject, data=data, self_labelled=True)
+
+
+def _outputs(file: Path, model: str) -> int:
+    """The classes of a network of the arena, by its head's weights."""
+    try:
+        head = models.info(model).head
+    except ValueError as error:
+        raise BadInput(f"There is {error}.") from None
+    weights = read_weights(file)
+    for name in (f"{head}.weight", f"body.{head}.weight"):
+        if name in weights and weights[name].ndim:
+            return len(weights[name])
+    raise BadInput(f"{file.name} has no weights {head}.weight, as {model} does; is it its network?")
 
 
 def ask(
@@ -245,8 +282,21 @@ def _checked(network: Classifier, weights: Mapping[str, Tensor], name: str) -> C
         raise BadInput(f"{name}: {error}.") from None
 
 
-def _of_pickle(file: Path, dataset: str, data_dir: Path | None, trusted: bool) -> Subject:
-    """A whole model, as TrojAI gives them: a folder with model.pt, or that file."""
+def _of_pickle(file: Path, dataset: str | Dataset, data_dir: Path | None, trusted: bool) -> Subject:
+    """A whole model, as TrojAI gives them."""
+    whole = _trusted(file, trusted)
+    file = Path(whole.removeprefix(foreign.PICKLE))
+    data = _data(dataset, data_dir)
+    network = foreign.build(whole, data.num_classes, data.shape)
+    weights = network.state_dict()
+    if bad := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
+        raise BadInput(f"{file.name}: weights have non-finite {bad[0]}.")
+    name = file.parent.name if file.name == "model.pt" else file.name
+    return Subject(network, data, name, digest(weights), bare=True)
+
+
+def _trusted(file: Path, trusted: bool) -> str:
+    """The foreign name of a pickled model: a folder with model.pt, or that file."""
     file = file / "model.pt" if file.is_dir() else file
     if not file.is_file():
         raise BadInput(f"There is no file {str(file)!r}.")
@@ -256,13 +306,13 @@ def _of_pickle(file: Path, dataset: str, data_dir: Path | None, trusted: bool) -
             "maker's code when it is read: add --trust-pickle if you trust its source, or name its "
             "network with --model."
         )
-    data = datasets.load(dataset, data_dir=data_dir)
-    network = foreign.build(f"{foreign.PICKLE}{file.resolve()}", data.num_classes, data.shape)
-    weights = network.state_dict()
-    if bad := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
-        raise BadInput(f"{file.name}: weights have non-finite {bad[0]}.")
-    name = file.parent.name if file.name == "model.pt" else file.name
-    return Subject(network, data, name, digest(weights), bare=True)
+    return f"{foreign.PICKLE}{file.resolve()}"
+
+
+def _data(dataset: str | Dataset, data_dir: Path | None) -> Dataset:
+    if isinstance(dataset, Dataset):
+        return dataset
+    return datasets.load(dataset, data_dir=data_dir)
 
 
 def _absolute(model: str) -> str:

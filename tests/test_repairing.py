@@ -14,7 +14,9 @@ from test_foreign import NET
 
 from arena.core import foreign, models
 from arena.core.seeding import stream
+from arena.core.training import logits
 from arena.repairing import recommended
+from arena.subjects import of_unlabelled
 
 SIGNS = "signs:size=400,classes=5"
 FEW = ("--device", "cpu", "--clean-share", 0.3)
@@ -168,14 +170,77 @@ def test_with_too_few_images_the_defenses_that_remain_are_named(weights, photos,
     assert "Could work, too: " in some.out
 
 
-def test_images_without_labels_are_refused_with_the_mend(weights, photos, tmp_path):
+STRIPES = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d((1, 5)), nn.Flatten(),
+                         nn.Linear(15, 5))
+"""
+
+
+@pytest.fixture
+def loose(photos) -> Path:
+    """The same pictures without labels."""
     for file in sorted(photos.rglob("*.png")):
         file.rename(photos / f"{file.parent.name}-{file.name}")
     for label in range(5):
         (photos / str(label)).rmdir()
-    done = arena("repair", "--checkpoint", weights, "-m", "fastnet_tiny", "--images", photos,
-                 "-D", "nad", "-o", tmp_path / "out.safetensors")  # fmt: skip
-    assert_refused(done, "holds images without labels, from which no method here can learn: sort")
+    return photos
+
+
+@pytest.fixture
+def stripes(tmp_path) -> tuple[str, Path]:
+    """A network that answers with the brightest of five stripes, and its weights."""
+    (tmp_path / "net.py").write_text(STRIPES)
+    head = torch.eye(5).repeat(1, 3) * 300
+    state = {"0.weight": torch.eye(3).view(3, 3, 1, 1), "0.bias": torch.zeros(3),
+             "3.weight": head, "3.bias": torch.zeros(5)}  # fmt: skip
+    save_file(state, tmp_path / "stripes.safetensors")
+    return f"{tmp_path / 'net.py'}:make", tmp_path / "stripes.safetensors"
+
+
+def test_of_images_without_labels_is_said_what_they_are_good_for(stripes, loose, tmp_path):
+    network, weights = stripes
+    words = ("repair", "--checkpoint", weights, "-m", network, "--images", loose, "-D", "finetune",
+             "-o", tmp_path / "out.safetensors", "--store", tmp_path / "s")  # fmt: skip
+    done = arena(*words)
+    assert_refused(done, "holds images without labels: sort them into a folder per class, or let")
+    able = done.err.partition("with which could work: ")[2].rstrip(".\n").split(", ")
+    assert "finetune" in able
+    assert "anp" not in able, "the network has no batch norm"
+    for file in sorted(loose.iterdir())[:36]:
+        file.unlink()
+    assert_refused(arena(*words), "so that no defense could work")
+    assert_refused(arena(*words, "--labels", "modle"), "did you mean 'model'?")
+    assert_refused(arena("scan", *words[1:7]), "(--labels model)")
+
+
+def test_a_model_s_own_answers_stand_for_labels(stripes, loose, tmp_path):
+    network, weights = stripes
+    done = arena("repair", "--checkpoint", weights, "-m", network, "--images", loose,
+                 "-D", "finetune:lr=0.0001,epochs=1", "-o", tmp_path / "out.safetensors",
+                 "--store", tmp_path / "s", "--labels", "model", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["labels"] == "model"
+    assert found["before"]["accuracy"] == 1, "it agrees with itself"
+    assert found["clean_images"] + found["validation_images"] == 36
+    assert "stand for them" in (tmp_path / "out.md").read_text()
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_answers_of_a_network_of_the_arena(weights, loose, bare):
+    if not bare:
+        state = {f"body.{name}": value for name, value in load_file(weights).items()}
+        norm = {"normalize.mean": torch.zeros(3), "normalize.std": torch.ones(3)}
+        save_file(state | norm, weights)
+    subject = of_unlabelled(weights, "fastnet_tiny", f"imagefolder:{loose}")
+    data = subject.data
+    assert data.num_classes == 5
+    assert sum(len(split) for split in (data.train, data.val, data.test)) == 40
+    for split in (data.train, data.val, data.test):
+        assert torch.equal(logits(subject.model, split.x).argmax(1), split.y)
 
 
 @pytest.mark.parametrize(

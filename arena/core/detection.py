@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from arena.core.features import features
 from arena.core.models import Classifier
-from arena.core.training import device_of, to_float
+from arena.core.training import device_of, evaluating, to_float
 
 
 @torch.no_grad()
@@ -24,16 +24,11 @@ def flat_features(model: Classifier, x: Tensor, level: str, batch: int = 500) ->
     """
     if len(x) == 0:
         raise ValueError("there are no images to look into")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        parts = []
+    parts = []
+    with evaluating(model):
         for part in x.split(batch):
             shown = to_float(part.to(device_of(model)))
             parts.append(features(model, shown, (level,))[level].flatten(1).float())
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return torch.cat(parts)
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arena.core.contracts import Images
 from arena.core.models import LEVELS, Classifier
-from arena.core.training import to_float
+from arena.core.training import evaluating, to_float
 
 
 def level_module(model: Classifier, level: str) -> nn.Module:
@@ -132,15 +132,3 @@ def reestimate_batchnorm(model: nn.Module, images: Images, batch: int = 512) -> 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module leaves in the mode in which it came."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
@@ -42,18 +42,8 @@ def build(name: str, classes: int, shape: Shape) -> Classifier:
     factory: a callable without arguments -> module from float (N, C, H, W) in [0, 1] to logits
     (N, classes). Raises BadInput where there is none, and where it does not take such images.
     """
-    if name.startswith(PICKLE):
-        body = _unpickled(Path(name.removeprefix(PICKLE)))
-    else:
-        body = _made(name)
-    body = body.float().eval()
-    x = torch.rand(2, *shape, generator=torch.Generator())
-    try:
-        with torch.no_grad():
-            out = body(x)
-    except Exception as error:  # other people's code: any kind tells that the images do not fit
-        why = " ".join(str(error).split())[:160]
-        raise BadInput(f"{name} cannot take images of {_size(shape)}: {why}.") from error
+    body, x = _body(name), torch.rand(2, *shape, generator=torch.Generator())
+    out = _answer(name, body, x)
     if not isinstance(out, Tensor) or out.shape != (2, classes):
         given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise BadInput(
@@ -68,6 +58,29 @@ def build(name: str, classes: int, shape: Shape) -> Classifier:
     model.normalize.mean.zero_()
     model.normalize.std.fill_(1.0)
     return model.eval()
+
+
+def classes_of(name: str, shape: Shape) -> int:
+    """How many classes the network of that name tells apart in such images. Raises BadInput."""
+    out = _answer(name, _body(name), torch.rand(2, *shape, generator=torch.Generator()))
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != 2:
+        raise BadInput(f"{name} does not answer images with logits (N, classes).")
+    return out.shape[1]
+
+
+def _body(name: str) -> nn.Module:
+    if name.startswith(PICKLE):
+        return _unpickled(Path(name.removeprefix(PICKLE))).float().eval()
+    return _made(name).float().eval()
+
+
+@torch.no_grad()
+def _answer(name: str, body: nn.Module, x: Tensor) -> Any:
+    try:
+        return body(x)
+    except Exception as error:  # other people's code: any kind tells that the images do not fit
+        why = " ".join(str(error).split())[:160]
+        raise BadInput(f"{name} cannot take images of {_size(x.shape[1:])}: {why}.") from error
 
 
 class _Float32(nn.Module):
@@ -154,5 +167,5 @@ def _places(body: nn.Module, x: Tensor) -> tuple[tuple[str, str, str], str]:
     return (paths[last // 3], paths[2 * last // 3], paths[last]), (readers or paths)[-1]
 
 
-def _size(shape: Shape) -> str:
+def _size(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))

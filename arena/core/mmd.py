@@ -21,10 +21,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from arena.core.contracts import Images
-from arena.core.features import evaluating, features
+from arena.core.features import features
 from arena.core.models import LEVELS, Classifier
 from arena.core.registry import nearest
-from arena.core.training import device_of, logits, to_float
+from arena.core.training import device_of, evaluating, logits, to_float
 
 KERNELS: Mapping[str, tuple[float, ...]] = {  # name -> sigmas; SDRM, Table 3
     "gk1": (1 / 2,),

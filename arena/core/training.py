@@ -220,15 +220,21 @@ def logits(model: nn.Module, x: Tensor, batch: int = 1000) -> Tensor:
     if len(x) == 0:
         raise ValueError("there are no images to classify")
     device = device_of(model)
+    with evaluating(model), autocast(device):
+        parts = [model(_prepare(part, device)).float() for part in x.split(batch)]
+    return torch.cat(parts)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module leaves in the mode in which it came."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with autocast(device):
-            parts = [model(_prepare(part, device)).float() for part in x.split(batch)]
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
-    return torch.cat(parts)
 
 
 def accuracy(model: nn.Module, images: Images, batch: int = 1000) -> float:

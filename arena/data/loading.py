@@ -161,8 +161,8 @@ def _nothing_there(request: Request, folder: Path) -> str:
     if request.info.name == "imagefolder":
         if any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
             return (
-                f"{folder} holds images without labels, from which no method here can learn: sort "
-                "them into a folder per class"
+                f"{folder} holds images without labels: sort them into a folder per class, or let "
+                "a model's own answers stand for labels (--labels model)"
             )
         return f"{folder} holds no folders of images: it should hold one per class, or train/"
     if request.path is not None:

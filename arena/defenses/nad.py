@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from arena.core.contracts import Images, Step
-from arena.core.features import evaluating, features
+from arena.core.features import features
 from arena.core.models import LEVELS, Classifier
 from arena.core.registry import BadInput, method, param
 from arena.core.training import (
@@ -34,6 +34,7 @@ from arena.core.training import (
     autocast,
     check_clean,
     device_of,
+    evaluating,
     finetuning,
     fit,
 )
