@@ -18,7 +18,6 @@ import pytest
 from arena.referee import isolate, sandbox
 from arena.referee.isolate import Failed, Interrupted, Refused, Stop
 
-
 LEVELS = [
     sandbox.LIMITS,
     pytest.param(
@@ -36,9 +35,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest):
 
     def run(work: isolate.Work, job: dict[str, Any] | None = None, **options: Any) -> Any:
         job = {"folder": str(tmp_path / "job"), **(job or {})}
-        return isolate.run(
-            job, logfile=tmp_path / "log", work=work, level=request.param, **options
-        )
+        return isolate.run(job, logfile=tmp_path / "log", work=work, level=request.param, **options)
 
     return run
 

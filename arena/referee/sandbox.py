@@ -119,7 +119,7 @@ def why_not(device: str = "cpu") -> str:
 
 @functools.cache
 def _tried(kind: str) -> tuple[str, str]:
-    """The level, and what stands in the way of the strong one: a whole sandbox is built and left."""
+    """The level, and what stands in the way of the strong one. Builds a sandbox and leaves it."""
     if sys.platform != "linux" or not hasattr(os, "fork"):
         return LIMITS, f"{platform.system()} has no namespaces"
     command = [sys.executable, "-I", __file__, kind]
@@ -358,14 +358,14 @@ def enter(view: View, user: bool) -> None:
         _show(source, target)
     for path in private:
         _cover(path)
-    for source, target in [*code, *view.reads]:
-        _show(source, target)
-    for path in view.hidden:
-        _cover(path)
     os.makedirs("/tmp", exist_ok=True)
     os.makedirs("/dev/shm", exist_ok=True)
     for place in ("/tmp", "/dev/shm"):
         _mount("tmpfs", place, "tmpfs", sealed, f"mode=1777,size={SHARED},nr_inodes={MOST_FILES}")
+    for source, target in [*code, *view.reads]:
+        _show(source, target)
+    for path in view.hidden:
+        _cover(path)
     for source, target in view.writes:
         _show(source, target, write=True)
     _devices(view.gpu)
