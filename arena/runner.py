@@ -390,13 +390,17 @@ class Runner:
     stop: Stop = field(default_factory=lambda: Stop(threading.Event()))
     limits: Limits | None = None  # of every method; None: what Limits says
     require_sandbox: bool = False  # refuse to run methods without namespaces
+    use_sandbox: bool = True  # False: limits alone, to look into a method that fails
 
     def __post_init__(self) -> None:
-        self.isolation = sandbox.level(self.device)  # the level in force
+        self.isolation, self._lacking = sandbox.LIMITS, sandbox.SWITCHED_OFF
+        if self.use_sandbox:
+            self.isolation = sandbox.level(self.device)  # the level in force
+            self._lacking = sandbox.why_not(self.device)
         if self.require_sandbox and self.isolation != sandbox.NAMESPACES:
             raise BadInput(
-                f"--require-sandbox: methods cannot be run in namespaces here "
-                f"({sandbox.why_not(self.device)}); see `arena doctor`."
+                "--require-sandbox: methods cannot be held in namespaces here "
+                f"({self._lacking}); see `arena doctor`."
             )
         self._estimates: dict[str, Estimate] = {}
         self._devices = self._device_list()
@@ -1001,6 +1005,7 @@ class Runner:
             "flags": [],
             "command": self.command,
             "isolation": self.isolation,
+            **({"isolation_note": self._lacking} if self._lacking else {}),
             "parents": {
                 "victim": victim.key,
                 "twin": victim.twin.key if victim.twin else None,

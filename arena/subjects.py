@@ -21,7 +21,7 @@ from arena import data as datasets
 from arena.core import foreign, models
 from arena.core.models import Classifier
 from arena.core.progress import report
-from arena.core.registry import BadInput, defenses
+from arena.core.registry import BadInput, defenses, split_spec
 from arena.core.seeding import stream
 from arena.data import Dataset
 from arena.referee import isolate, returned
@@ -146,7 +146,7 @@ def ask(
     for name, tensors in (parts | ({"sets": sets} if sets else {})).items():
         save_tensors(inputs / f"{name}.safetensors", tensors)
     specs = [question["spec"]] if "spec" in question else question.get("specs", ())
-    files = [file for spec in specs for file in method_files(defenses.build(spec))]
+    files = [file for spec in specs for file in _files(spec)]
     if foreign.is_foreign(subject.model.spec.name):
         files.append(foreign.file_of(subject.model.spec.name))
     job = {
@@ -183,6 +183,19 @@ def ask(
         raise BadInput(f"{kind} failed: {error}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _files(spec: str) -> list[str]:
+    """What the process of a defense must see; most bring nothing, and need not be imported here."""
+    name, values = split_spec(spec)
+    if name not in defenses.names():
+        return []
+    if defenses.describe(name).module.startswith("arena.") and not values:
+        return []
+    try:
+        return method_files(defenses.build(spec))
+    except Exception:  # its own process will say what is wrong with it
+        return []
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -145,7 +145,7 @@ def run(
     reporting.close()
     ear, begun = _Ear(ours), started
     done: Done | None = None
-    closing = math.inf
+    closing, ended = math.inf, False
     try:
         while True:
             now = time.monotonic()
@@ -195,10 +195,11 @@ def run(
             if done is None:
                 raise Failed("failed", _death(ending["code"]), tail(logfile))
             done.peak = ending["peak"]
-            process.join(CLOSING)
+            ended = True
             return done
     finally:
-        _end(process)
+        if not ended:  # else the keeper is about to: the next job's start sweeps it up
+            _end(process)
         ours.close()
         report.close()
 
@@ -406,7 +407,12 @@ def _main(
     assert runner is not None
     inside = view is not None
     if not hasattr(os, "fork"):
-        threading.Thread(target=lambda: (runner.join(), os._exit(1)), daemon=True).start()
+
+        def end_with_runner() -> None:
+            runner.join()
+            os._exit(1)
+
+        threading.Thread(target=end_with_runner, daemon=True).start()
         _work(connection, job, work, limits, inside)
     report: dict[str, Any]
     try:

@@ -51,10 +51,11 @@ def _content(path: Path, most: int) -> bytes:
             errno.EMLINK: f"it gave back a link in place of {path.name}",
         }.get(error.errno or 0, f"it gave back no plain file in place of {path.name}")
         raise Failed("failed", why) from error
+    found = os.fstat(number)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(number)
+        raise Failed("failed", f"it gave back no plain file in place of {path.name}")
     with os.fdopen(number, "rb") as stream:
-        found = os.fstat(number)
-        if not stat.S_ISREG(found.st_mode):
-            raise Failed("failed", f"it gave back no plain file in place of {path.name}")
         if found.st_size > most:
             raise Failed(
                 "failed",

@@ -15,6 +15,7 @@ import errno
 import functools
 import glob
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 
 NAMESPACES, LIMITS = "namespaces", "limits"
 OFF = "ARENA_NO_SANDBOX"  # when set, the strong level is not used
+SWITCHED_OFF = "it was switched off"
 INSIDE = "/arena"  # where a job's files lie for who runs in namespaces
 TICK = 0.1  # seconds between two looks at memory and processes
 DISK_TICK = 1.0  # and at the scratch folder
@@ -107,14 +109,18 @@ def too_large(limits: Limits) -> str:
 
 def level(device: str = "cpu") -> str:
     """What holds methods on this machine: "namespaces" or "limits". Tried once per process."""
-    return LIMITS if os.environ.get(OFF) else _tried(device.partition(":")[0])[0]
+    return LIMITS if _switched_off() else _tried(device.partition(":")[0])[0]
 
 
 def why_not(device: str = "cpu") -> str:
     """Why the strong level is not in force, for people; '' where it is."""
-    if os.environ.get(OFF):
-        return "it was switched off"
+    if _switched_off():
+        return SWITCHED_OFF
     return _tried(device.partition(":")[0])[1]
+
+
+def _switched_off() -> bool:
+    return os.environ.get(OFF, "").lower() not in ("", "0", "false", "no")
 
 
 @functools.cache
@@ -593,6 +599,12 @@ def forget_origin(folder: str, temporary: str) -> None:
                 ctypes.memset(int(start), 0, int(end) - int(start))
     os.environ.update(kept | {"HOME": folder, "TMPDIR": temporary, "USER": "arena"})
     sys.argv[:] = [""]
+    multiprocessing.current_process().authkey = b""  # opens the runner's own pipes
+    frame = sys._getframe()
+    while (above := frame.f_back) is not None:
+        frame = above
+        if isinstance(found := frame.f_locals.get("preparation_data"), dict):
+            found.clear()  # how the runner was started, and where
 
 
 class _Keeper:
