@@ -217,3 +217,40 @@ def gives_back(job: Job, line: Line) -> dict[str, Any]:
         case "pickle":
             file.write_bytes(pickle.dumps(WEIGHTS))
     return {}
+
+
+def attacks_twice(job: Job, line: Line) -> dict[str, Any]:
+    """The attack of the arena, which changes its victim when it has seen the test images."""
+    from arena.referee import worker
+    from arena.store import load_tensors, save_tensors
+
+    found = worker.attack(job, line)
+    file = Path(job["folder"], "weights.safetensors")
+    state = {name: torch.zeros_like(value) for name, value in load_tensors(file).items()}
+    save_tensors(file, state)
+    Path(job["folder"], "test.x.npy").unlink()
+    return found
+
+
+def repairs_by(what: str) -> Any:
+    return {"unchanged": returns_victim, "link": repairs_with_link, "boasts": boasts}[what]
+
+
+def returns_victim(job: Job, line: Line) -> dict[str, Any]:
+    Path(job["folder"], "weights.safetensors").write_bytes(Path(job["weights"]).read_bytes())
+    return {"budget": BUDGET}
+
+
+def repairs_with_link(job: Job, line: Line) -> dict[str, Any]:
+    Path(job["folder"], "weights.safetensors").symlink_to(job["weights"])
+    return {"budget": BUDGET}
+
+
+def boasts(job: Job, line: Line) -> dict[str, Any]:
+    return {**returns_victim(job, line), "metrics": {"asr": 0.0}}
+
+
+BUDGET = {
+    "seconds": 1e-9, "peak_memory_mb": 0.0, "forward_images": 0, "backward_images": 0,
+    "clean_images": 0,
+}  # fmt: skip
