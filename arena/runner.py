@@ -575,7 +575,7 @@ class Runner:
             job,
             logfile=Path(job["folder"]).parent / f"{job['job']}.log",
             stop=self.stop,
-            limits=self.limits,
+            limits=None if job["job"] == "measure" else self.limits,  # the referee's own work
             level=self.isolation,
             hidden=(self.store.root,),
             on_event=lambda event: self._say("progress", **{**event, "name": name}),
