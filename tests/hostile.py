@@ -164,6 +164,11 @@ def looks_around(job: Job, line: Line) -> dict[str, Any]:
         "mounts": mounted == 0,
         "namespaces": libc.unshare(0x10000000) == 0,
         "told": memory + " ".join(frames) + " ".join(sys.argv) + repr(dict(os.environ)),
+        "rights": [
+            line.split()[1]
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(("CapPrm", "CapEff", "CapBnd", "NoNewPrivs"))
+        ],
         "cwd": os.getcwd(),
         "root": sorted(os.listdir("/")),
     }

@@ -654,7 +654,18 @@ def test_long_work_tells_its_share_and_the_time_left(capsys, monkeypatch) -> Non
 
 
 def test_a_sandbox_that_is_required_and_cannot_be_had_is_one_sentence(tmp_path) -> None:
-    matrix = "-d signs:size=200,classes=5 -m cnn -a patch -D none --recipe smoke".split()
+    matrix = [
+        "-d",
+        "signs:size=200,classes=5",
+        "-m",
+        "cnn",
+        "-a",
+        "patch",
+        "-D",
+        "none",
+        "--recipe",
+        "smoke",
+    ]
     store = tmp_path / "store"
     done = subprocess.run(
         [sys.executable, "-m", "arena", "run", "--require-sandbox", *matrix, "--store", str(store)],

@@ -267,6 +267,7 @@ def test_a_job_sees_what_it_names_and_nothing_else(
     assert found["processes"] <= 2
     assert not found["mounts"]
     assert not found["namespaces"]
+    assert [int(right, 16) for right in found["rights"]] == [0, 0, 0, 1]
     assert found["cwd"] == "/arena/job"
     assert {"arena", "dev", "proc", "tmp"} <= set(found["root"])
     assert not {"home", "var", "mnt", "srv", "media", "run", "boot"} & set(found["root"])
