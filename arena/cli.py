@@ -237,6 +237,20 @@ def run(
     workers: Annotated[int, typer.Option(min=1, help="Methods that run side by side.")] = 1,
     data_dir: DataDirOption = None,
     store: StoreOption = None,
+    require_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--require-sandbox", help="Refuse to run methods where namespaces cannot hold them."
+        ),
+    ] = False,
+    no_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--no-sandbox",
+            envvar="ARENA_NO_SANDBOX",
+            help="Hold methods by limits alone, to look into one that fails; it is recorded.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -266,7 +280,19 @@ def run(
     else:
         chosen = board_from(flags, "the command line")
     folder = store or Path("runs") / chosen.name
-    raise typer.Exit(_run(chosen, folder, device, workers, data_dir, dry_run, as_json))
+    raise typer.Exit(
+        _run(
+            chosen,
+            folder,
+            device,
+            workers,
+            data_dir,
+            dry_run,
+            as_json,
+            require_sandbox=require_sandbox,
+            use_sandbox=not no_sandbox,
+        )
+    )
 
 
 def _run(
@@ -277,6 +303,8 @@ def _run(
     data_dir: Path | None,
     dry_run: bool,
     as_json: bool,
+    require_sandbox: bool = False,
+    use_sandbox: bool = True,
 ) -> int:
     from arena.boards import check_names
     from arena.store import Store
@@ -294,7 +322,15 @@ def _run(
         except ValueError as error:  # a network that is unknown, or too deep for the images
             raise BadInput(str(error)) from error
     command = _told(sys.argv[1:])
-    runner = Runner(plan, store, where, workers, command=command)
+    runner = Runner(
+        plan,
+        store,
+        where,
+        workers,
+        command=command,
+        require_sandbox=require_sandbox,
+        use_sandbox=use_sandbox,
+    )
     if dry_run:
         _print_plan(runner, as_json)
         return 0

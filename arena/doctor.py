@@ -198,16 +198,28 @@ def _memory() -> Finding:
 
 
 def _isolation() -> Finding:
-    from arena.referee import isolate
+    import torch
+
+    from arena.referee import isolate, sandbox
 
     start = isolate.context().get_start_method()
-    if start == "forkserver":
-        return Finding("ok", "isolation", "a process per method, from a fork server")
+    if start != "forkserver":
+        return Finding(
+            "note",
+            "isolation",
+            f"a process per method, started by {start}",
+            "Methods start more slowly without a fork server; Linux and macOS have one.",
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if sandbox.level(device) == sandbox.NAMESPACES:
+        return Finding("ok", "isolation", "namespaces: no network, no files but a method's own")
     return Finding(
         "note",
         "isolation",
-        f"a process per method, started by {start}",
-        "Methods start more slowly without a fork server; Linux and macOS have one.",
+        f"limits alone: no namespaces ({sandbox.why_not(device)})",
+        f"Do not set {sandbox.OFF}."
+        if sandbox.why_not(device) == sandbox.SWITCHED_OFF
+        else "For methods of strangers, use a Linux that lets its users make namespaces.",
     )
 
 

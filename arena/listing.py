@@ -512,6 +512,7 @@ def _provenance(record: Mapping[str, Any]) -> dict[str, str]:
         "weights before": weights.get("before"),
         "weights after": weights.get("after"),
         **{k.replace("_", " "): v for k, v in (record.get("parents") or {}).items()},
+        "isolation": ", ".join(filter(None, map(record.get, ("isolation", "isolation_note")))),
         "hardware": _text(record["hardware"]),
         "versions": _text(record["versions"]),
         "commit": record.get("commit"),

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -33,7 +34,7 @@ import torch
 
 from arena import data as datasets
 from arena.boards import Board
-from arena.core import checks, models, training
+from arena.core import checks, models, poisoning, training
 from arena.core.metric_list import der, wilson
 from arena.core.recipes import recipe_for
 from arena.core.registry import (
@@ -50,14 +51,18 @@ from arena.core.seeding import stream
 from arena.core.whole import share_refusal
 from arena.data import Dataset
 from arena.measuring import Asked, entry, failure, key_of, lacking
-from arena.referee import isolate
-from arena.referee.isolate import Failed, Refused, Stop
+from arena.referee import isolate, returned, sandbox
+from arena.referee.answers import check_answer
+from arena.referee.isolate import Done, Failed, Refused, Stop
+from arena.referee.keeping import Desk
+from arena.referee.sandbox import Limits
 from arena.store import Artifact, DiskFull, Store, digest, file_sha256, load_tensors, save_tensors
 
 log = logging.getLogger("arena")
 
 FINAL = ("ok", "not_established", "collapsed", "not_applicable")  # others are tried again
 RECORD_BYTES = 20_000  # of a record and a reading: enough
+MOST_TRIGGER = 2**32  # bytes that a trigger's networks may have
 PROTOCOL = 2  # of training and scoring inside arena.referee.worker; raised when results change
 
 
@@ -73,7 +78,11 @@ class Setting:
     recipe: str
     plan: training.Recipe
     flops: float  # of one image's forward pass
-    weights_bytes: int
+    shapes: returned.Shapes  # of its weights
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in self.shapes.values())
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -152,6 +161,36 @@ def method_identity(instance: Any) -> dict[str, Any]:
     return found | ({"files": files} if files else {}) | ({"wrapped": wrapped} if wrapped else {})
 
 
+def method_files(instance: Any) -> list[str]:
+    """The files and folders that a method names, those of the methods that it wraps, and where the
+    code of one lies that is no part of the arena: what its process must see."""
+    found: list[str] = []
+    for f in dataclasses.fields(instance):
+        if not (value := getattr(instance, f.name)):
+            continue
+        if f.metadata.get("path") or f.metadata.get("folder"):
+            found.append(str(Path(value).expanduser()))
+        elif kind := f.metadata.get("spec"):
+            found += method_files(registry_of(kind).build(value))
+    for inner in getattr(instance, "wraps", {}).values():
+        found += method_files(inner)
+    if _is_foreign(instance):
+        top, dot, _ = type(instance).__module__.partition(".")
+        file = getattr(sys.modules.get(top if dot else type(instance).__module__), "__file__", None)
+        if file is not None:
+            found.append(str(Path(file).parent if dot else file))
+    return sorted(set(found))
+
+
+def _is_foreign(instance: Any) -> bool:
+    """Whether a method, or one that it wraps, is somebody else's code."""
+    wrapped = list(getattr(instance, "wraps", {}).values())
+    for f in dataclasses.fields(instance):
+        if (kind := f.metadata.get("spec")) and (value := getattr(instance, f.name)):
+            wrapped.append(registry_of(kind).build(value))
+    return not type(instance).__module__.startswith("arena.") or any(map(_is_foreign, wrapped))
+
+
 def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
     """All victims and cells of a board. Loads the data sets. Raises BadInput."""
     attacks, defenses = board.attacks(), board.defenses()
@@ -209,7 +248,7 @@ def make_setting(dataset: Dataset, model: str, recipe: str) -> Setting:
         recipe=recipe,
         plan=recipe_for(recipe, model),
         flops=_flops(network, dataset.shape),
-        weights_bytes=sum(v.numel() * v.element_size() for v in network.state_dict().values()),
+        shapes=returned.shapes(network.state_dict()),
     )
 
 
@@ -349,8 +388,20 @@ class Runner:
     listener: Listener | None = None
     command: str = ""
     stop: Stop = field(default_factory=lambda: Stop(threading.Event()))
+    limits: Limits | None = None  # of every method; None: what Limits says
+    require_sandbox: bool = False  # refuse to run methods without namespaces
+    use_sandbox: bool = True  # False: limits alone, to look into a method that fails
 
     def __post_init__(self) -> None:
+        self.isolation, self._lacking = sandbox.LIMITS, sandbox.SWITCHED_OFF
+        if self.use_sandbox:
+            self.isolation = sandbox.level(self.device)  # the level in force
+            self._lacking = sandbox.why_not(self.device)
+        if self.require_sandbox and self.isolation != sandbox.NAMESPACES:
+            raise BadInput(
+                "--require-sandbox: methods cannot be held in namespaces here "
+                f"({self._lacking}); see `arena doctor`."
+            )
         self._estimates: dict[str, Estimate] = {}
         self._devices = self._device_list()
         self._threads = max(1, torch.get_num_threads() // self.workers)
@@ -519,21 +570,27 @@ class Runner:
             "shape": list(setting.dataset.shape),
         }
 
-    def _run(self, job: dict[str, Any], name: str, **options: Any) -> dict[str, Any]:
-        return isolate.run(
+    def _run(self, job: dict[str, Any], name: str, **options: Any) -> Done:
+        found = isolate.run(
             job,
-            logfile=Path(job["folder"]) / f"{job['job']}.log",
+            logfile=Path(job["folder"]).parent / f"{job['job']}.log",
             stop=self.stop,
+            limits=None if job["job"] == "measure" else self.limits,  # the referee's own work
+            level=self.isolation,
+            hidden=(self.store.root,),
             on_event=lambda event: self._say("progress", **{**event, "name": name}),
             **options,
         )
+        check_answer(job["job"], found)
+        return found
 
     def _train(self, victim: Victim, device: str) -> Artifact:
         """Train a victim, measure it, keep it as an artifact."""
         if victim.refusal:
             raise Failed("not_applicable", victim.refusal)
         scratch = self.store.scratch(victim.key)
-        folder = _fresh_folder(scratch / "job")
+        folder, kept = _fresh_folder(scratch / "job"), _fresh_folder(scratch / "kept")
+        (scratch / "checkpoints").mkdir(exist_ok=True)
         setting = victim.setting
         spec = spec_of(victim.attack)
         job = {
@@ -541,34 +598,61 @@ class Runner:
             "spec": spec,
             "recipe": setting.recipe,
             "train": dict(setting.dataset.files["train"]),
-            "scratch": str(scratch),
-            "store": str(self.store.root),
+            "scratch": str(scratch / "checkpoints"),
+            "method_files": method_files(victim.attack),
         }
         started = _now()
         test_files = dict(setting.dataset.files["test"])
-        result = self._guarded(
-            job,
-            victim.name,
-            timeout=self.plan.board.timeout,
-            answer=lambda question: test_files,
-        )
+        origin = digest(method_identity(victim.attack)) if _is_foreign(victim.attack) else ""
+        desk = Desk(self.store, folder, origin)
+        trained: dict[str, float] = {}
+
+        def answer(question: dict[str, Any]) -> dict[str, Any]:
+            if question["what"] != "the images to stamp":
+                return desk.answer(question)
+            if not trained:  # what it writes from here on, with test images at hand, is too late
+                trained["seconds"] = question["seconds"]
+                self._keep_victim(victim, folder, kept)
+            names = {name: f"test.{name}.npy" for name in test_files}
+            for name, file in names.items():
+                _copy(test_files[name], folder / file)
+            return names
+
+        try:
+            result = self._guarded(job, victim.name, timeout=self.plan.board.timeout, answer=answer)
+        finally:
+            desk.close()
+        if not trained:
+            self._keep_victim(victim, folder, kept)
+        stamped = result["stamped"] = bool(trained)
+        result["budget"] |= result.measured(device) | trained
+        result["parts"] = desk.used
+        if stamped:
+            save_tensors(
+                kept / "triggered.safetensors", returned.triggered(folder, setting.dataset)
+            )
+            for part in ("trigger", "probes"):
+                most = MOST_TRIGGER + 16 * setting.dataset.test.x.numel()
+                save_tensors(kept / f"{part}.safetensors", returned.tensors(folder, part, most))
+        shutil.rmtree(folder)
         measured = self._guarded(
             {
-                **self._job("measure", victim, device, folder),
-                "weights": str(folder / "weights.safetensors"),
+                **self._job("measure", victim, device, _fresh_folder(folder)),
+                "weights": str(kept / "weights.safetensors"),
                 "test": test_files,
-                "triggered": str(folder / "triggered.safetensors") if result["stamped"] else None,
-                "probes": str(folder / "probes.safetensors"),
-                "attack": spec,
-                "twin": self._twin_weights(victim) if result["stamped"] else None,
+                **self._triggered(victim, kept / "triggered.safetensors" if stamped else None),
+                "probes": str(kept / "probes.safetensors") if stamped else None,
+                "twin": self._twin_weights(victim) if stamped else None,
             },
             victim.name,
         )
-        parts = ["weights", "poisoned", "predictions"]
-        parts += ["triggered", "gallery", "trigger", "probes"] if result["stamped"] else []
+        made = dict.fromkeys(("weights", "poisoned"), kept) | {"predictions": folder}
+        if stamped:
+            made |= dict.fromkeys(("triggered", "trigger", "probes"), kept)
+            made |= {"gallery": folder}
         artifact = self.store.save(
             victim.key,
-            {part: load_tensors(folder / f"{part}.safetensors") for part in parts},
+            {part: load_tensors(at / f"{part}.safetensors") for part, at in made.items()},
             {
                 "kind": "victim",
                 "attack": spec,
@@ -582,11 +666,42 @@ class Runner:
                 "measured": measured,
                 "started": started,
                 "finished": _now(),
+                "isolation": result.isolation,
                 **provenance(device, self._threads),
             },
         )
         self.store.clear_scratch(victim.key)
         return artifact
+
+    def _keep_victim(self, victim: Victim, folder: Path, kept: Path) -> None:
+        """Put what the attack has trained where it can no longer change it."""
+        setting = victim.setting
+        trained = returned.weights(folder, setting.shapes)
+        save_tensors(kept / "weights.safetensors", trained)
+        save_tensors(kept / "poisoned.safetensors", returned.poisoned(folder, setting.dataset))
+
+    def _triggered(self, task: Victim | Cell, triggered: Path | None) -> dict[str, Any]:
+        """Entries of a job that measures: the triggered images, and what the attacker wants of
+        them, so that the process that measures need not run the attack's code."""
+        if triggered is None:
+            return {"triggered": None}
+        victim = task.victim if isinstance(task, Cell) else task
+        attack, data = victim.attack, victim.setting.dataset
+        y, classes = data.test.y, data.num_classes
+        labels = self.store.scratch(task.key) / "labels.safetensors"
+        save_tensors(
+            labels,
+            {
+                "wanted": poisoning.wanted(attack, y, classes),
+                "counted": poisoning.applies(attack, y, classes),
+            },
+        )
+        one = poisoning.scope(attack) != "all-to-all"
+        return {
+            "triggered": str(triggered),
+            "labels": str(labels),
+            "target": int(attack.target) if one else None,
+        }
 
     def _twin_weights(self, victim: Victim) -> str | None:
         if victim.twin is None:
@@ -605,7 +720,7 @@ class Runner:
                     artifact = self._train(victim, self._devices[0])
         return artifact
 
-    def _guarded(self, job: dict[str, Any], name: str, **options: Any) -> dict[str, Any]:
+    def _guarded(self, job: dict[str, Any], name: str, **options: Any) -> Done:
         """`_run`, with everything but a stop turned into Failed."""
         try:
             return self._run(job, name, **options)
@@ -669,24 +784,29 @@ class Runner:
                 "spec": spec_of(cell.defense),
                 "weights": str(folder / "victim.safetensors"),
                 "clean": str(folder / "clean.safetensors"),
+                "method_files": method_files(cell.defense),
             },
             cell.name,
             timeout=self.plan.board.timeout,
         )
+        result["budget"] |= result.measured(device)
+        weights = returned.weights(folder, setting.shapes)
+        _fresh_folder(folder)  # of all that the method left there
+        repaired = folder.parent / "repaired.safetensors"
+        save_tensors(repaired, weights)
         stamped = artifact.meta["result"]["stamped"]
         measured = self._guarded(
             {
                 **self._job("measure", victim, device, folder),
-                "weights": str(folder / "weights.safetensors"),
+                "weights": str(repaired),
                 "test": dict(setting.dataset.files["test"]),
-                "triggered": str(artifact.path("triggered")) if stamped else None,
-                "attack": spec_of(victim.attack),
+                **self._triggered(cell, artifact.path("triggered") if stamped else None),
             },
             cell.name,
         )
         kept = self.store.save(
             cell.key,
-            {p: load_tensors(folder / f"{p}.safetensors") for p in ("weights", "predictions")},
+            {"weights": weights, "predictions": load_tensors(folder / "predictions.safetensors")},
             {"kind": "repaired", "victim": victim.key, "defense": spec_of(cell.defense)},
         )
         return {
@@ -697,7 +817,10 @@ class Runner:
             "clean_rows": digest(chosen.tolist()),
             "poisoned_rows": artifact.meta["result"]["poisoned_rows"],
             "parts": artifact.meta["result"]["parts"],
-            "victim_made": {k: artifact.meta[k] for k in ("hardware", "versions", "commit")},
+            "victim_made": {
+                name: artifact.meta.get(name)
+                for name in ("hardware", "versions", "commit", "isolation")
+            },
         }
 
     def _judged(
@@ -798,8 +921,10 @@ class Runner:
                 "weights": str(weights.path("weights")),
                 "val": dict(setting.dataset.files["val"]),
                 "test": dict(setting.dataset.files["test"]),
-                "scratch": str(scratch),
+                "scratch": str(scratch / "checkpoints"),
+                "method_files": method_files(asked.method),
             }
+            (scratch / "checkpoints").mkdir(exist_ok=True)
             try:
                 result = self._guarded(job, cell.name)
             except Failed:
@@ -814,6 +939,7 @@ class Runner:
                 "model": setting.model,
                 "seed": victim.seed,
                 **result,
+                "seconds": result.seconds,
                 "started": started,
                 "finished": _now(),
                 **provenance(device, self._threads),
@@ -878,6 +1004,8 @@ class Runner:
             "metrics": {},
             "flags": [],
             "command": self.command,
+            "isolation": self.isolation,
+            **({"isolation_note": self._lacking} if self._lacking else {}),
             "parents": {
                 "victim": victim.key,
                 "twin": victim.twin.key if victim.twin else None,
@@ -964,6 +1092,15 @@ def _fresh_folder(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+def _copy(source: str | Path, target: Path) -> None:
+    """A copy under a name that may be taken: by a link, say, that leads elsewhere."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+    with Path(source).open("rb") as stream, target.open("xb") as copy:
+        shutil.copyfileobj(stream, copy, 2**20)
 
 
 def _minus(one: float | None, two: float | None) -> float | None:

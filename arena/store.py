@@ -3,7 +3,8 @@
     STORE/artifacts/ab/abcd…/   weights.safetensors …, meta.json with a sha256 per file
     STORE/records/abcd….json    one per cell, with a checksum over itself
     STORE/boards/NAME@V.json    which cells a board consists of
-    STORE/scratch/abcd…/        checkpoints and job files of work under way
+    STORE/scratch/1234…/        checkpoints and job files of work under way
+    STORE/scratch.key           what makes the names of these folders tell nothing
     STORE/damaged/              what failed its checksum; set aside, never deleted
     STORE/locks/                one lock per key: several runners may share a store
 
@@ -22,6 +23,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,13 +283,32 @@ class Store:
         return FileLock(self.root / "locks" / f"{key}.lock", thread_local=False)
 
     def scratch(self, key: str) -> Path:
-        """The work folder of `key`; only the holder of its lock may use it."""
-        folder = self.root / "scratch" / key
+        """The work folder of `key`; only the holder of its lock may use it.
+
+        Its name tells nothing to a method that works there and could otherwise look up, in a list
+        of keys, which attack it is to undo."""
+        folder = self._work_folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def clear_scratch(self, key: str) -> None:
-        shutil.rmtree(self.root / "scratch" / key, ignore_errors=True)
+        shutil.rmtree(self._work_folder(key), ignore_errors=True)
+
+    def _work_folder(self, key: str) -> Path:
+        name = hashlib.blake2b(key.encode(), key=self._secret(), digest_size=16).hexdigest()
+        return self.root / "scratch" / name
+
+    def _secret(self) -> bytes:
+        """32 bytes that are drawn once for this store."""
+        path = self.root / "scratch.key"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+            draft.write_bytes(os.urandom(32))
+            with suppress(FileExistsError):
+                os.link(draft, path)  # unlike a renaming, this never replaces another's
+            draft.unlink()
+        return path.read_bytes()
 
     def free_bytes(self) -> int:
         folder = self.root

@@ -6,6 +6,7 @@ Methods that examine them run in processes of their own, which hold the model an
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
@@ -20,13 +21,16 @@ from arena import data as datasets
 from arena.core import foreign, models, training
 from arena.core.models import Classifier
 from arena.core.progress import report
-from arena.core.registry import BadInput
+from arena.core.registry import BadInput, defenses, split_spec
 from arena.core.seeding import stream
 from arena.data import Dataset, unlabelled
-from arena.referee import isolate
+from arena.referee import isolate, returned
+from arena.referee.answers import check_answer
+from arena.runner import method_files
 from arena.store import Store, load_tensors, save_tensors
 from arena.store import digest as json_digest
 
+MOST_OUT = 2**30  # bytes of scores, or of a trigger, that a job may give back
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # where checkpoints hide weights
 
 
@@ -170,12 +174,18 @@ def ask(
         raise BadInput(f"{error}.") from None
     clean = data.train.take(chosen)
     store.create()
-    folder = store.scratch(json_digest([kind, subject.digest, question, clean_share])) / "job"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    place = store.scratch(json_digest([kind, subject.digest, question, clean_share]))
+    shutil.rmtree(place, ignore_errors=True)
+    inputs, folder = place / "in", place / "job"  # the job may write to its folder alone
+    for each in (inputs, folder):
+        each.mkdir(parents=True)
     parts = {"clean": {"x": clean.x, "y": clean.y}, "model": subject.model.state_dict()}
     for name, tensors in (parts | ({"sets": sets} if sets else {})).items():
-        save_tensors(folder / f"{name}.safetensors", tensors)
+        save_tensors(inputs / f"{name}.safetensors", tensors)
+    specs = [question["spec"]] if "spec" in question else question.get("specs", ())
+    files = [file for spec in specs for file in _files(spec)]
+    if foreign.is_foreign(subject.model.spec.name):
+        files.append(foreign.file_of(subject.model.spec.name))
     job = {
         "job": kind,
         "folder": str(folder),
@@ -185,23 +195,44 @@ def ask(
         "model": subject.model.spec.name,
         "classes": data.num_classes,
         "shape": list(data.shape),
-        "weights": str(folder / "model.safetensors"),
-        "clean": str(folder / "clean.safetensors"),
-        "sets": str(folder / "sets.safetensors"),
+        "weights": str(inputs / "model.safetensors"),
+        "clean": str(inputs / "clean.safetensors"),
+        "sets": str(inputs / "sets.safetensors"),
+        "method_files": files,
         **question,
     }
     try:
         answer = isolate.run(
             job,
-            logfile=folder / f"{kind}.log",
+            logfile=place / f"{kind}.log",
+            hidden=(store.root,),
             on_event=lambda event: report(event["what"], event["done"], event["total"]),
         )
-        written = [folder / f"{part}.safetensors" for part in ("out", "weights")]
-        return answer, next((load_tensors(file) for file in written if file.exists()), {})
+        check_answer(kind, answer)
+        if "budget" in answer:
+            answer["budget"] |= answer.measured(device)
+        if kind == "repair":
+            shapes = returned.shapes(subject.model.state_dict())
+            return answer, returned.weights(folder, shapes)
+        there = os.path.lexists(folder / "out.safetensors")
+        return answer, returned.tensors(folder, "out", MOST_OUT) if there else {}
     except isolate.Failed as error:
         raise BadInput(f"{kind} failed: {error}") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _files(spec: str) -> list[str]:
+    """What the process of a defense must see; most bring nothing, and need not be imported here."""
+    name, values = split_spec(spec)
+    if name not in defenses.names():
+        return []
+    if defenses.describe(name).module.startswith("arena.") and not values:
+        return []
+    try:
+        return method_files(defenses.build(spec))
+    except Exception:  # its own process will say what is wrong with it
+        return []
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def kill(
 
 def progress(store: Path) -> str:
     artifacts = len(list((store / "artifacts").glob("??/*")))
-    checkpoints = len(list((store / "scratch").glob("*/training-*.pt")))
+    checkpoints = len(list((store / "scratch").glob("*/checkpoints/training-*.pt")))
     records = len(list((store / "records").glob("*.json")))
     return f"{records} records, {artifacts} artifacts, {checkpoints} checkpoints"
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from arena.core import progress
@@ -46,8 +48,10 @@ def hungry(job: Job, line: Line) -> dict[str, Any]:
 
 
 def hangs(job: Job, line: Line) -> dict[str, Any]:
-    with open(job["pid_file"], "w") as stream:
-        stream.write(str(os.getpid()))
+    stream = open(Path(job["folder"]) / "begun", "w")  # noqa: SIM115
+    fcntl.flock(stream, fcntl.LOCK_EX)  # dies with this process
+    stream.write("yes")
+    stream.flush()
     while True:
         pass
 

@@ -651,3 +651,32 @@ def test_long_work_tells_its_share_and_the_time_left(capsys, monkeypatch) -> Non
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].endswith("the gan: 40%, about 45 s left")
+
+
+def test_a_sandbox_that_is_required_and_cannot_be_had_is_one_sentence(tmp_path) -> None:
+    matrix = [
+        "-d",
+        "signs:size=200,classes=5",
+        "-m",
+        "cnn",
+        "-a",
+        "patch",
+        "-D",
+        "none",
+        "--recipe",
+        "smoke",
+    ]
+    store = tmp_path / "store"
+    done = subprocess.run(
+        [sys.executable, "-m", "arena", "run", "--require-sandbox", *matrix, "--store", str(store)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ARENA_NO_SANDBOX": "1", "ARENA_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        "arena: --require-sandbox: methods cannot be held in namespaces here "
+        "(it was switched off); see `arena doctor`."
+    )
+    assert not store.exists()

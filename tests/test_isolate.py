@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -14,24 +15,39 @@ from typing import Any
 import misbehaving
 import pytest
 
-from arena.referee import isolate
+from arena.referee import isolate, sandbox
 from arena.referee.isolate import Failed, Interrupted, Refused, Stop
 
+LEVELS = [
+    sandbox.LIMITS,
+    pytest.param(
+        sandbox.NAMESPACES,
+        marks=pytest.mark.skipif(
+            sandbox.level() != sandbox.NAMESPACES, reason=f"no namespaces: {sandbox.why_not()}"
+        ),
+    ),
+]
 
-@pytest.fixture
-def run(tmp_path: Path):
+
+@pytest.fixture(params=LEVELS)
+def run(tmp_path: Path, request: pytest.FixtureRequest):
+    (tmp_path / "job").mkdir()
+
     def run(work: isolate.Work, job: dict[str, Any] | None = None, **options: Any) -> Any:
-        return isolate.run(job or {}, logfile=tmp_path / "log", work=work, **options)
+        job = {"folder": str(tmp_path / "job"), **(job or {})}
+        return isolate.run(job, logfile=tmp_path / "log", work=work, level=request.param, **options)
 
     return run
 
 
-def alive(pid: int) -> bool:
-    """Whether the process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def alive(file: Path) -> bool:
+    """Whether the process that locked the file still runs."""
+    with file.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def within(seconds: float, condition: Any) -> bool:
@@ -47,7 +63,6 @@ def test_a_result_comes_from_another_process(run) -> None:
     result = run(misbehaving.behaves, {"value": 21})
     assert result["twice"] == 42
     assert result["pid"] != os.getpid()
-    assert not alive(result["pid"])
 
 
 def test_a_refusal_is_no_failure(run) -> None:
@@ -88,7 +103,7 @@ def test_a_failure_carries_its_traceback_and_a_death_the_end_of_its_log(run) -> 
 
 
 def test_a_result_that_cannot_be_sent_is_a_failure_with_a_reason(run) -> None:
-    with pytest.raises(Failed, match="pickle"):
+    with pytest.raises(Failed, match="not JSON serializable"):
         run(misbehaving.answers_what_cannot_be_sent)
 
 
@@ -109,10 +124,10 @@ def test_errors_are_explained_in_one_line(error: Exception, sentence: str) -> No
 def test_a_method_that_hangs_is_ended_in_time(run, tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Failed, match="within 1 seconds") as caught:
-        run(misbehaving.hangs, {"pid_file": str(tmp_path / "pid")}, timeout=1)
+        run(misbehaving.hangs, timeout=1)
     assert caught.value.kind == "timeout"
     assert time.monotonic() - started < 3
-    assert not alive(int((tmp_path / "pid").read_text() or 0))
+    assert not (begun := tmp_path / "job/begun").exists() or not alive(begun)
 
 
 def test_output_goes_to_the_log(run, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -149,18 +164,18 @@ def test_ctrl_c_is_left_to_the_runner(run) -> None:
 
 
 def test_stopping_ends_the_worker(run, tmp_path: Path) -> None:
-    stop, pid = Stop(threading.Event()), tmp_path / "pid"
+    stop, begun = Stop(threading.Event()), tmp_path / "job/begun"
 
     def wait_then_stop() -> None:
-        within(10, lambda: pid.exists() and pid.read_text())
+        within(10, lambda: begun.exists() and begun.read_text())
         stop.event.set()
 
     thread = threading.Thread(target=wait_then_stop)
     thread.start()
     with pytest.raises(Interrupted):
-        run(misbehaving.hangs, {"pid_file": str(pid)}, stop=stop)
+        run(misbehaving.hangs, stop=stop)
     thread.join()
-    assert not alive(int(pid.read_text()))
+    assert not alive(begun)
 
 
 RUNNER = """
@@ -168,29 +183,30 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import misbehaving
-from arena.referee import isolate
+from arena.referee import isolate, sandbox
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    isolate.run({"pid_file": str(folder / "pid")}, logfile=folder / "log", work=misbehaving.hangs)
+    job, log = {"folder": str(folder / "job")}, folder / "log"
+    isolate.run(job, logfile=log, work=misbehaving.hangs, level=sys.argv[3])
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_a_worker_dies_with_a_killed_runner(tmp_path: Path) -> None:
-    script, pid = tmp_path / "runner.py", tmp_path / "pid"
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_worker_dies_with_a_killed_runner(tmp_path: Path, level: str) -> None:
+    script, begun = tmp_path / "runner.py", tmp_path / "job/begun"
+    begun.parent.mkdir()
     script.write_text(RUNNER)
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": str(tests.parent)}
     runner = subprocess.Popen(
-        [sys.executable, str(script), str(tests), str(tmp_path)], env=environment
+        [sys.executable, str(script), str(tests), str(tmp_path), level], env=environment
     )
     try:
-        assert within(60, lambda: pid.exists() and pid.read_text())
-        worker = int(pid.read_text())
-        assert alive(worker)
+        assert within(60, lambda: begun.exists() and begun.read_text())
+        assert alive(begun)
         runner.send_signal(signal.SIGKILL)
         runner.wait()
-        assert within(3, lambda: not alive(worker))
+        assert within(3, lambda: not alive(begun))
     finally:
         runner.kill()
         runner.wait()

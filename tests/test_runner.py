@@ -13,18 +13,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hostile
 import killed
 import pytest
 import torch
 
-from arena import api, cli, inverting
+from arena import api, cli, inverting, listing
 from arena.boards import Board
 from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
 from arena.data import draw_clean
 from arena.defenses.finetune import FineTune
 from arena.measuring import key_of, lacking
-from arena.referee import isolate
+from arena.referee import isolate, sandbox
 from arena.report.rows import COLUMNS, MEASURED, flatten
 from arena.runner import (
     Cell,
@@ -188,7 +189,7 @@ def test_a_defense_is_given_clean_images_only(plan: Plan, store: Store, jobs: li
     given = jobs[0]
     assert set(given) - {"clean images"} == {
         "job", "folder", "device", "threads", "seed", "model", "classes", "shape", "spec",
-        "weights", "clean",
+        "weights", "clean", "method_files",
     }  # fmt: skip
     artifact = store.artifact(cell.victim.key)
     assert artifact is not None
@@ -281,9 +282,10 @@ def test_two_runners_share_a_store(plan: Plan, store: Store, tmp_path: Path) -> 
     ]
     assert [process.wait() for process in both] == [0, 0]
     logs = [p.read_text().splitlines() for p in sorted(tmp_path.glob("log*"))]
-    expected = [f"{kind} {c.key}" for c in plan.cells for kind in ("repair", "measure")]
-    expected += [f"attack {victim}", f"measure {victim}"]
-    assert sorted(line for log in logs for line in log) == sorted(expected)
+    expected = [("repair", c.key) for c in plan.cells] + [("measure", c.key) for c in plan.cells]
+    expected += [("attack", victim), ("measure", victim)]
+    named = [f"{kind} {store.scratch(key).name}" for kind, key in expected]
+    assert sorted(line for log in logs for line in log) == sorted(named)
     assert killed.outcome(store.root) == before
     assert list((store.root / "damaged").iterdir()) == []
 
@@ -699,3 +701,96 @@ def test_from_python_it_is_refused_too(monkeypatch):
     monkeypatch.setattr(FineTune, "needs_share", 1.0, raising=False)
     with pytest.raises(BadInput, match=r"to 1, not 0\.05"):
         api.repair(SimpleNamespace(recipe="fast"), "finetune")
+
+
+# ------------------------------------------------------------------------------- hostile methods
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("unchanged", ""),
+        ("link", "it gave back a link in place of weights.safetensors"),
+        ("boasts", "its answer is not one: 'metrics' is missing or too much"),
+    ],
+)
+def test_a_repair_that_cheats_gains_nothing(
+    plan: Plan, store: Store, monkeypatch: pytest.MonkeyPatch, what: str, reason: str
+) -> None:
+    before = killed.outcome(store.root)
+    cell = cell_of(plan, "patch", "finetune")
+    forget(store, cell)
+    shutil.rmtree(store.root / "artifacts" / cell.key[:2] / cell.key)
+    original = isolate.run
+
+    def run(job: Job, **options: Any) -> Job:
+        work = hostile.repairs_by(what) if job["job"] == "repair" else None
+        return original(job, work=work, **options)
+
+    monkeypatch.setattr(isolate, "run", run)
+    Runner(plan, store).run()
+    record = record_of(store, cell)
+    if reason:
+        assert (record["status"], record["reason"]) == ("failed", reason)
+        assert record["metrics"] == {}
+    else:  # its figures are those of the null defense, its budget is the referee's
+        null = record_of(store, cell_of(plan, "patch", "none"))
+        assert {n: record["metrics"][n] for n in ("acc", "asr", "ra")} == {
+            n: null["metrics"][n] for n in ("acc", "asr", "ra")
+        }
+        assert record["budget"]["seconds"] > 1e-3
+        assert record["budget"]["peak_memory_mb"] > 10
+    monkeypatch.undo()
+    forget(store, cell)
+    shutil.rmtree(store.root / "artifacts" / cell.key[:2] / cell.key, ignore_errors=True)
+    Runner(plan, store).run()
+    assert killed.outcome(store.root) == before, "a trace was left"
+
+
+def test_a_victim_is_taken_before_its_attack_sees_the_test_images(
+    plan: Plan, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = victim_of(plan, "patch").key
+    before = store.artifact(victim).sha256("weights")
+    for cell in plan.cells:
+        if cell.victim.key == victim:
+            forget(store, cell)
+    shutil.rmtree(store.root / "artifacts" / victim[:2] / victim)
+    original = isolate.run
+
+    def run(job: Job, **options: Any) -> Job:
+        work = hostile.attacks_twice if job["job"] == "attack" else None
+        return original(job, work=work, **options)
+
+    monkeypatch.setattr(isolate, "run", run)
+    assert not Runner(plan, store).run().failed
+    assert store.artifact(victim).sha256("weights") == before
+
+
+def test_records_say_what_held_their_methods(plan: Plan, store: Store) -> None:
+    for record in store.records():
+        assert record["isolation"] == record["victim_made"]["isolation"] == sandbox.level()
+    cell = cell_of(plan, "patch", "none")
+    forget(store, cell)
+    Runner(plan, store, use_sandbox=False).run()
+    record = record_of(store, cell)
+    assert record["isolation"] == "limits"
+    assert record["isolation_note"] == "it was switched off"
+    assert "isolation        limits, it was switched off" in listing.cell(record)
+
+
+def test_a_limit_of_the_run_is_a_reason_of_the_cell(plan: Plan, store: Store) -> None:
+    cell = cell_of(plan, "none", "random_prune")
+    forget(store, cell)
+    summary = Runner(plan, store, limits=sandbox.Limits(memory=2**20)).run()
+    assert [record["reason"] for record in summary.failed] == [
+        "it used more than 1.0 MiB of memory"
+    ]
+
+
+def test_without_namespaces_a_sandbox_cannot_be_required(
+    plan: Plan, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sandbox.OFF, "1")
+    with pytest.raises(BadInput, match=r"cannot be held in namespaces here \(it was switched off"):
+        Runner(plan, store, require_sandbox=True)

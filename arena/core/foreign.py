@@ -36,6 +36,15 @@ def is_foreign(name: str) -> bool:
     return is_factory(name) or name.startswith(PICKLE)
 
 
+def file_of(name: str) -> str:
+    """The file that a foreign network comes from."""
+    if name.startswith(PICKLE):
+        return name.removeprefix(PICKLE)
+    found = _FACTORY.fullmatch(name)
+    assert found is not None
+    return str(Path(found["file"]).expanduser())
+
+
 def build(name: str, classes: int, shape: Shape) -> Classifier:
     """The network `path/to/net.py:factory` or `pickle:FILE`, in evaluation mode.
 

@@ -3,7 +3,8 @@
 An attack is given the training images, its settings and a seed; the images on which it is scored
 reach it only after its victim is written. A repair is given weights, the network's name, the
 clean set, its settings and a seed. That is separation by process and by what a job names, against
-peeking by design or by accident; it is no sandbox: a hostile method could still search the disk.
+peeking by design or by accident; what a hostile method could search the disk for, the sandbox
+(`arena.referee.sandbox`) keeps out of its sight.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from arena.core.triggers import tensors_of
 from arena.core.victims import bound
 from arena.core.whole import share_refusal
 from arena.referee.isolate import Line, Refused, explain
-from arena.referee.keeping import FileCheckpoint, StoreKeeper
-from arena.store import Store, load_tensors, save_tensors
+from arena.referee.keeping import FileCheckpoint, LineKeeper
+from arena.store import load_tensors, save_tensors
 
 Job = Mapping[str, Any]
 PROBED = 1000  # test images per probe
@@ -53,11 +54,12 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
     """Poison, train the victim, then stamp the test images that the runner hands over."""
     device, folder = _start(job), Path(job["folder"])
     resumed = any(Path(job["scratch"]).glob("training-*.pt"))  # then `seconds` is a part only
-    method, seed = attacks.build(job["spec"]), int(job["seed"])
-    train = read_split(job["train"])
+    train, seed = read_split(job["train"]), int(job["seed"])
     if device.type != "cpu":
         train = train.to(device)  # attacks stamp images and train their parts where these are
+    line.begin()
     started = time.monotonic()
+    method = attacks.build(job["spec"])
     try:
         counts = train.y.bincount(minlength=job["classes"]).tolist()
         method.check(tuple(job["shape"]), counts)
@@ -67,8 +69,7 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
     plan = recipe_for(job["recipe"], job["model"])
     checkpoints = partial(_checkpoint, Path(job["scratch"]))
     fit = bound(job["model"], classes, shape, plan, seed, device, checkpoints)
-    keeper = StoreKeeper(Store(job["store"]))
-    with parts.kept(keeper):
+    with parts.kept(LineKeeper(line, folder, Path(job["scratch"]))):
         trigger = method.prepare(train, stream(seed, "prepare"))
         poisoned = method.poison(train, trigger, stream(seed, "poison"))
         if isinstance(method, ControlsTraining):
@@ -83,7 +84,8 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
     )
     budget = _budget(device, started)
     if trigger is not None:
-        test = read_split(line.ask("the images to stamp"))
+        names = line.ask("the images to stamp")  # in the folder, from now on
+        test = read_split({name: str(folder / file) for name, file in names.items()})
         stamped = poisoning.stamp(test.x.to(device), trigger.stamp)
         save_tensors(folder / "triggered.safetensors", {"x": stamped})
         save_tensors(folder / "trigger.safetensors", tensors_of(trigger))
@@ -91,7 +93,6 @@ def attack(job: Job, line: Line) -> dict[str, Any]:
         save_tensors(folder / "probes.safetensors", probes)
     return {
         "budget": budget,
-        "parts": keeper.used,
         "poisoned_rows": len(rows),
         "training_images": len(poisoned.data),
         "stamped": trigger is not None,
@@ -117,10 +118,11 @@ def _probed(
 def repair(job: Job, line: Line) -> dict[str, Any]:
     """Repair a model with a clean set."""
     device, folder = _start(job), Path(job["folder"])
-    method = defenses.build(job["spec"])
     model = _network(job, job["weights"]).to(device)
     tensors = load_tensors(Path(job["clean"]))
     clean = Images(tensors["x"], tensors["y"])
+    line.begin()
+    method = defenses.build(job["spec"])
     skip = getattr(method, "skip", None)
     if skip is not None and (reason := skip(model, clean)):
         raise Refused(reason)
@@ -167,10 +169,11 @@ def usable(job: Job, line: Line) -> dict[str, Any]:
 def scan(job: Job, line: Line) -> dict[str, Any]:
     """Ask a scanner about a model, with a clean set."""
     device, folder = _start(job), Path(job["folder"])
-    method = defenses.build(job["spec"])
     model = _network(job, job["weights"]).to(device)
     tensors = load_tensors(Path(job["clean"]))
     clean = Images(tensors["x"], tensors["y"])
+    line.begin()
+    method = defenses.build(job["spec"])
     models.passes.reset()
     started = time.monotonic()
     found = method.scan(model, clean, stream(int(job["seed"]), "scan", job["spec"]))
@@ -207,7 +210,10 @@ def detect(job: Job, line: Line) -> dict[str, Any]:
 
 
 def measure(job: Job, line: Line) -> dict[str, Any]:
-    """The referee's own figures for one model on the whole test set and on its triggered form."""
+    """The referee's own figures for one model on the whole test set and on its triggered form.
+
+    No code of an attack runs here: which labels it wants, and of which images, comes in a file.
+    """
     device = _start(job)
     model = _network(job, job["weights"]).to(device)
     test = read_split(job["test"])
@@ -219,9 +225,8 @@ def measure(job: Job, line: Line) -> dict[str, Any]:
     }
     predictions = {"clean": answers.to(torch.int16)}
     if job["triggered"] is not None:
-        method, classes = attacks.build(job["attack"]), int(job["classes"])
-        wanted = poisoning.wanted(method, test.y, classes)
-        counted = poisoning.applies(method, test.y, classes)
+        labels = load_tensors(Path(job["labels"]))
+        wanted, counted = labels["wanted"], labels["counted"]
         triggered = load_tensors(Path(job["triggered"]))["x"]
         fooled, _ = _answers(model, triggered)
         predictions["triggered"] = fooled.to(torch.int16)
@@ -236,10 +241,8 @@ def measure(job: Job, line: Line) -> dict[str, Any]:
                 "clean_twin_ra": metrics.ra(seen, test.y, counted),
             }
             out["probes"] = _probe_answers(job, model, test.y, wanted)
-            if poisoning.scope(method) != "all-to-all":
-                out["mmd"] = mmd_report(
-                    model, triggered[counted], test, method.target, stream(0, "mmd")
-                )
+            if (target := job["target"]) is not None:
+                out["mmd"] = mmd_report(model, triggered[counted], test, target, stream(0, "mmd"))
             out["stealth"] = stealth(test.x[counted], triggered[counted])
             rows = shown_rows(test.y, counted)
             shown = {"clean": test.x[rows], "triggered": triggered[rows]}
@@ -271,11 +274,12 @@ def _probe_answers(
 def examine(job: Job, line: Line) -> dict[str, Any]:
     """One of the board's measures, of one model; no method ever runs in such a process."""
     device, place = _start(job), Path(job["scratch"]) / "measure.pt"
-    method = measures.build(job["spec"])
     model = _network(job, job["weights"]).to(device)
     val, test = (read_split(job[name]) for name in ("val", "test"))
     resumed = place.exists()  # then `seconds` is a part only
+    line.begin()
     started = time.monotonic()
+    method = measures.build(job["spec"])
     try:
         found = method.measure(model, val, test, int(job["seed"]), FileCheckpoint(place))
     except BadInput as error:  # for want of memory, say
