@@ -51,7 +51,10 @@ def build(name: str, classes: int, shape: Shape) -> Classifier:
     try:
         with torch.no_grad():
             out = body(x)
-    except Exception as error:  # other people's code: any kind tells that the images do not fit
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # other people's code: any kind tells that the images do not fit
         why = " ".join(str(error).split())[:160]
         raise BadInput(f"{name} cannot take images of {_size(shape)}: {why}.") from error
     if not isinstance(out, Tensor) or out.shape != (2, classes):
@@ -109,7 +112,7 @@ def _made(name: str) -> nn.Module:
     sys.modules[label] = module  # dataclasses and pickles look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"{file} cannot be imported: {type(error).__name__}: {error}.") from error
     factory = getattr(module, function, None)
     if not callable(factory):
@@ -117,7 +120,7 @@ def _made(name: str) -> nn.Module:
         raise BadInput(f"{file} has no function {function!r}; it has {', '.join(known) or 'none'}.")
     try:
         body = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"{name}() failed: {type(error).__name__}: {error}.") from error
     if not isinstance(body, nn.Module):
         raise BadInput(f"{name}() returns {type(body).__name__}; a torch.nn.Module is wanted.")
