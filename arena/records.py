@@ -80,7 +80,7 @@ def misfit(value: Any, shape: Any, at: str = "it") -> str:
     """`at.name is no …`, or '' where the value is of its shape."""
     if isinstance(shape, tuple):
         faults = [misfit(value, each, at) for each in shape]
-        return "" if "" in faults else faults[-1 if value is not None else 0]
+        return "" if "" in faults else faults[0]
     if isinstance(shape, Mapping):
         return _in_mapping(value, shape, at)
     if isinstance(shape, list):
@@ -90,7 +90,7 @@ def misfit(value: Any, shape: Any, at: str = "it") -> str:
             return f"{at} holds {len(value)} values, not {len(shape)}"
         return next(filter(None, (misfit(each, shape[0], f"{at}[]") for each in value)), "")
     if shape is None or isinstance(shape, str):
-        return "" if value == shape else f"{at} is {value!r}"
+        return "" if value == shape else f"{at} is not {shape!r}"
     if shape in (int, float):
         kinds = (int,) if shape is int else (int, float)
         number = isinstance(value, kinds) and not isinstance(value, bool)

@@ -257,6 +257,29 @@ def test_damage_to_a_record_is_noticed_said_and_set_aside(
     assert store.record("a" * 64) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"dataset": {}}, "it.dataset lacks 'name'"),
+        ({"metrics": {"acc": "good"}}, "it.metrics.acc"),
+        ({"metrics": {"acc": 10**400}}, "it.metrics.acc is no number"),
+        ({"seed": True}, "it.seed is no number"),
+        ({"flags": [{"name": "x"}]}, "it.flags[] lacks 'meaning'"),
+        ({"intervals": {"acc": [0.1]}}, "it.intervals.acc holds 1 values, not 2"),
+        ({"measures": {"pgd": {"status": "ok"}}}, "it.measures.pgd lacks"),
+        ({"board": None}, "it.board is no object"),
+    ],
+)
+def test_a_record_of_another_shape_is_not_believed(
+    store: Store, caplog: pytest.LogCaptureFixture, change: dict[str, object], told: str
+) -> None:
+    store.write_record(toys.record("a" * 64, **change))
+    store.write_record(toys.record("b" * 64))
+    assert [r["key"] for r in store.records()] == ["b" * 64]
+    assert told in caplog.text
+    assert len(aside(store)) == 1
+
+
 def test_a_record_under_another_key_is_not_believed(store: Store) -> None:
     store.write_record(toys.record("a" * 64))
     folder = store.root / "records"
