@@ -25,6 +25,7 @@ is added later is made up for, and nothing is repaired again.
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from arena.core.registry import BadInput, Registry, attacks, defenses, nearest, 
 
 NULL_DEFENSES = ("none", "retrain", "random_prune")
 RECIPE_NAMES = ("smoke", "fast", "paper")
+MOST_CELLS = 50_000  # of one board: planning more than that takes minutes
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,13 @@ class Board:
         for seed in self.seed:
             if not 0 <= seed < 2**31:
                 raise BadInput(f"A seed lies between 0 and 2147483647, got {seed}.")
+        lists = (self.dataset, self.model, self.seed, ("none", *self.attack))
+        cells = math.prod(map(len, (*lists, (*NULL_DEFENSES, *self.defense))))
+        if cells > MOST_CELLS:
+            raise BadInput(
+                f"The board {self.name!r} is a matrix of {cells} cells; split it into boards of at "
+                f"most {MOST_CELLS}."
+            )
 
     def definition(self) -> dict[str, Any]:
         """The board as JSON, without its name, and without `measure` where it asks for none."""

@@ -7,6 +7,8 @@ written), 130 stopped by the user. Heavy modules are imported inside the command
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import logging
 import os
@@ -129,10 +131,18 @@ MemoryOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
+# errors that say something of a file or folder that the user named, and nothing of the program
+_OF_A_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO),
+)
+
 
 def main() -> None:
     """The console script: turns every kind of bad input into one sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="arena: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(prog_name="arena", standalone_mode=False)
     except BadInput as error:
@@ -146,15 +156,23 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except OSError as error:
-        if type(error).__name__ != "DiskFull":
+        if type(error).__name__ == "DiskFull":
+            sys.exit(_complain(f"{error.strerror}; make room and run the same command again."))
+        if error.filename is None or error.errno not in _OF_A_PLACE:
             raise
-        sys.exit(_complain(f"{error.strerror}; make room and run the same command again."))
+        place = error.filename2 or error.filename
+        sys.exit(_complain(f"{str(place)!r} cannot be used: {error.strerror}; name another place."))
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _complain(text: str) -> int:
-    """One line on standard error, with one full stop or question mark at its end."""
-    sentence = " ".join(text.split()).rstrip(".")
+    """One line on standard error, with one full stop or question mark at its end. What the user
+    gave may hold anything: what a terminal would obey is escaped, and long words are cut."""
+    words = (word if len(word) <= 300 else f"{word[:100]}…{word[-100:]}" for word in text.split())
+    sentence = " ".join(words).rstrip(".")
+    if len(sentence) > 1500:
+        sentence = f"{sentence[:700]} … {sentence[-700:]}"
+    sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     print(f"arena: {sentence}{'' if sentence.endswith('?') else '.'}", file=sys.stderr)
     return 2
 

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena.core.registry import BadInput
+from arena.records import BOARD, RECORD, misfit
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("arena")
 
 FORMAT = 1  # of the folder layout; a store of another format is refused, never rewritten
+# what reading a file of JSON that was damaged, or is somebody else's, may raise
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class DiskFull(OSError):
@@ -104,7 +108,7 @@ class Store:
         if marker.exists():
             try:
                 found = json.loads(marker.read_text())["format"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise BadInput(f'{marker} is damaged; write {{"format": {FORMAT}}}.') from error
             if found != FORMAT:
                 raise BadInput(
@@ -119,6 +123,8 @@ class Store:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             if not (self.root / "store.json").exists():
                 write_atomically(self.root / "store.json", json.dumps({"format": FORMAT}))
+            with tempfile.TemporaryFile(dir=self.root / "locks"):
+                pass  # folders that are there may still be closed to us
         except DiskFull:
             raise
         except OSError as error:
@@ -149,7 +155,7 @@ class Store:
                     raise ValueError(f"{name} does not have its checksum")
             if meta["checksum"] != digest({k: v for k, v in meta.items() if k != "checksum"}):
                 raise ValueError("meta.json does not have its checksum")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             self._set_aside(folder, error)
             return None
         return Artifact(folder, meta)
@@ -220,7 +226,9 @@ class Store:
             checksum = record.pop("checksum")
             if checksum != digest(record) or record["key"] != path.stem:
                 raise ValueError("it does not have its checksum")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if fault := misfit(record, RECORD):
+                raise ValueError(f"it is no record of this version: {fault}")
+        except _UNREADABLE as error:
             self._set_aside(path, error)
             return None
         return dict(record)
@@ -268,7 +276,11 @@ class Store:
                 body = json.loads(path.read_text(encoding="utf-8"))
                 if body.pop("checksum") != digest(body):
                     raise ValueError("it does not have its checksum")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                if fault := misfit(body, BOARD):
+                    raise ValueError(f"it is no board of this version: {fault}")
+                if path.stem != f"{body['name']}@{body['version']}":
+                    raise ValueError("it has another board's name")
+            except _UNREADABLE as error:
                 self._set_aside(path, error)
                 continue
             found.append(body)

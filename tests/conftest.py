@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from hypothesis import settings
 from torch import Tensor, nn
 
 from arena.core import models
@@ -17,6 +18,8 @@ from arena.core.contracts import Images
 from arena.core.inversion.frozen import Frozen
 from arena.core.models import Classifier
 from arena.core.seeding import stream
+
+settings.register_profile("campaign", max_examples=1000)  # of tests/test_fuzz.py
 
 
 @pytest.fixture

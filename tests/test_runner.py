@@ -17,6 +17,7 @@ import hostile
 import killed
 import pytest
 import torch
+import toys
 
 from arena import api, cli, inverting, listing
 from arena.boards import Board
@@ -521,7 +522,9 @@ def test_a_model_that_was_lost_is_repaired_again_to_be_measured(
     plan = small(dataclasses.replace(TINY, measure=(PGD,)))
     before = killed.outcome(store.root)
     one, two = cell_of(plan, "patch", "finetune"), cell_of(plan, "patch", "random_prune")
-    other = {"name": "other", "status": "ok", "reason": "", "columns": {}}
+    other = {"name": "other", "short": "other", "spec": "other", "code": "", "status": "ok"}
+    other |= {"reason": "", "columns": {}, "before": {}}
+    other |= {"after": {"seconds": 1.0, "device": "cpu", "resumed": False}}
     store.write_record({**record_of(store, one), "measures": {"other": other}})
     for cell in (one, two):
         shutil.rmtree(store.root / "artifacts" / cell.key[:2] / cell.key)
@@ -641,10 +644,10 @@ def test_of_a_board_s_versions_the_newest_stands_in_tables(tmp_path):
     opened = Store(tmp_path / "store")
     opened.create()
     for key in ("a" * 64, "b" * 64):
-        opened.write_record({"key": key, "status": "ok"})
-    opened.write_board("demo", 1, {"name": "demo", "version": 1, "cells": ["a" * 64, "b" * 64]})
-    opened.write_board("demo", 2, {"name": "demo", "version": 2, "cells": ["a" * 64]})
-    opened.write_board("other", 1, {"name": "other", "version": 1, "cells": ["a" * 64]})
+        opened.write_record(toys.record(key))
+    opened.write_board("demo", 1, toys.board("demo", 1, cells=["a" * 64, "b" * 64]))
+    opened.write_board("demo", 2, toys.board("demo", 2, cells=["a" * 64]))
+    opened.write_board("other", 1, toys.board("other", 1, cells=["a" * 64]))
 
     def rows(*which: Any) -> list[tuple[str, int, str]]:
         found = board_records(opened, *which)

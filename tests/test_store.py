@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 
 from arena.core.registry import BadInput
 from arena.store import DiskFull, Store, digest, load_tensors, save_tensors, write_atomically
@@ -72,14 +73,12 @@ def test_a_tensor_that_is_a_view_is_saved_whole(tmp_path: Path) -> None:
 
 def test_records_and_boards_come_back(store: Store) -> None:
     for key in ("b" * 64, "a" * 64):
-        store.write_record({"key": key, "status": "ok", "metrics": {"acc": 0.5, "asr": None}})
-    assert store.record("a" * 64) == {
-        "key": "a" * 64, "status": "ok", "metrics": {"acc": 0.5, "asr": None},
-    }  # fmt: skip
+        store.write_record(toys.record(key, metrics={"acc": 0.5, "asr": None}))
+    assert store.record("a" * 64) == toys.record("a" * 64, metrics={"acc": 0.5, "asr": None})
     assert [r["key"][0] for r in store.records()] == ["a", "b"]
     assert store.record("c" * 64) is None
-    store.write_board("demo", 2, {"name": "demo", "cells": ["a" * 64]})
-    assert store.boards() == [{"name": "demo", "cells": ["a" * 64]}]
+    store.write_board("demo", 2, toys.board("demo", 2, cells=["a" * 64]))
+    assert store.boards() == [toys.board("demo", 2, cells=["a" * 64])]
 
 
 def test_the_digest_ignores_the_order_of_keys_only() -> None:
@@ -247,7 +246,7 @@ def test_damage_to_a_record_is_noticed_said_and_set_aside(
     store: Store, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     for key in ("a" * 64, "b" * 64):
-        store.write_record({"key": key, "acc": 0.5})
+        store.write_record(toys.record(key, metrics={"acc": 0.5}))
     path = store.root / "records" / f"{'a' * 64}.json"
     RECORD_DAMAGE[damage](path)
     left = path.read_bytes()
@@ -258,8 +257,31 @@ def test_damage_to_a_record_is_noticed_said_and_set_aside(
     assert store.record("a" * 64) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"dataset": {}}, "it.dataset lacks 'name'"),
+        ({"metrics": {"acc": "good"}}, "it.metrics.acc"),
+        ({"metrics": {"acc": 10**400}}, "it.metrics.acc is no number"),
+        ({"seed": True}, "it.seed is no number"),
+        ({"flags": [{"name": "x"}]}, "it.flags[] lacks 'meaning'"),
+        ({"intervals": {"acc": [0.1]}}, "it.intervals.acc holds 1 values, not 2"),
+        ({"measures": {"pgd": {"status": "ok"}}}, "it.measures.pgd lacks"),
+        ({"board": None}, "it.board is no object"),
+    ],
+)
+def test_a_record_of_another_shape_is_not_believed(
+    store: Store, caplog: pytest.LogCaptureFixture, change: dict[str, object], told: str
+) -> None:
+    store.write_record(toys.record("a" * 64, **change))
+    store.write_record(toys.record("b" * 64))
+    assert [r["key"] for r in store.records()] == ["b" * 64]
+    assert told in caplog.text
+    assert len(aside(store)) == 1
+
+
 def test_a_record_under_another_key_is_not_believed(store: Store) -> None:
-    store.write_record({"key": "a" * 64})
+    store.write_record(toys.record("a" * 64))
     folder = store.root / "records"
     shutil.copy(folder / f"{'a' * 64}.json", folder / f"{'b' * 64}.json")
     assert [r["key"] for r in store.records()] == ["a" * 64]
@@ -267,7 +289,7 @@ def test_a_record_under_another_key_is_not_believed(store: Store) -> None:
 
 
 def test_a_damaged_board_is_set_aside(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    store.write_board("demo", 1, {"name": "demo", "cells": []})
+    store.write_board("demo", 1, toys.board("demo"))
     edit(store.root / "boards" / "demo@1.json", cells=["a"])
     assert store.boards() == []
     assert len(aside(store)) == 1
@@ -292,7 +314,7 @@ def test_damage_in_a_store_that_may_only_be_read_is_said(
 
 def test_find_by_prefix(store: Store) -> None:
     for key in ("abc" + "0" * 61, "abd" + "0" * 61):
-        store.write_record({"key": key})
+        store.write_record(toys.record(key))
     assert store.find("abc")["key"].startswith("abc")
     assert store.find("ABD0")["key"].startswith("abd")
     with pytest.raises(BadInput, match=r"stands for 2 cells, abc0.* and abd0"):

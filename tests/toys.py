@@ -8,6 +8,8 @@ accuracy and ASR are 1, and without channel 4 every stamped image gets its own c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -146,3 +148,39 @@ def margins() -> Images:
     x[:, :1] += 0.3 * sign
     x = (x.clamp(0, 1) * 255).round().to(torch.uint8)
     return Images(x.view(-1, 1, LINEAR_SIDE, LINEAR_SIDE), y)
+
+
+# ---- what a store holds
+
+
+def record(key: str, **more: Any) -> dict[str, Any]:
+    """A whole record of a cell, as little as one may hold."""
+    method = {"name": "none", "short": "none", "spec": "none", "code": "0"}
+    attack = {"threat": "poisons data", "scope": "none", "labels": "kept", "trigger": "static"}
+    data = {"name": "signs", "fingerprint": "0", "source": "", "train": 1, "test": 1}
+    return {
+        "key": key,
+        "status": "ok",
+        "board": {"name": "demo", "version": 1},
+        "dataset": {**data, "classes": ["one"], "shape": [3, 32, 32]},
+        "model": "cnn",
+        "recipe": "smoke",
+        "plan": {},
+        "clean_share": 0.05,
+        "seed": 0,
+        "attack": {**method, **attack},
+        "defense": {**method, "null": True},
+        "parents": {"victim": key, "twin": None, "twin_cell": None},
+        "metrics": {},
+        "flags": [],
+        "hardware": {},
+        "versions": {},
+        "command": "",
+        **more,
+    }
+
+
+def board(name: str, version: int = 1, **more: Any) -> dict[str, Any]:
+    """A board as a store holds it."""
+    body = {"name": name, "version": version, "definition": {}, "command": "", "cells": []}
+    return {**body, **more}

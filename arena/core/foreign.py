@@ -87,7 +87,7 @@ def _body(name: str) -> nn.Module:
 def _answer(name: str, body: nn.Module, x: Tensor) -> Any:
     try:
         return body(x)
-    except Exception as error:  # other people's code: any kind tells that the images do not fit
+    except (Exception, SystemExit) as error:  # other people's: any tells that images do not fit
         why = " ".join(str(error).split())[:160]
         raise BadInput(f"{name} cannot take images of {_size(x.shape[1:])}: {why}.") from error
 
@@ -131,7 +131,7 @@ def _made(name: str) -> nn.Module:
     sys.modules[label] = module  # dataclasses and pickles look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"{file} cannot be imported: {type(error).__name__}: {error}.") from error
     factory = getattr(module, function, None)
     if not callable(factory):
@@ -139,7 +139,7 @@ def _made(name: str) -> nn.Module:
         raise BadInput(f"{file} has no function {function!r}; it has {', '.join(known) or 'none'}.")
     try:
         body = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"{name}() failed: {type(error).__name__}: {error}.") from error
     if not isinstance(body, nn.Module):
         raise BadInput(f"{name}() returns {type(body).__name__}; a torch.nn.Module is wanted.")

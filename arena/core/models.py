@@ -198,11 +198,13 @@ def _spread(n: int, most: int) -> Tensor:
 def load_weights(model: Classifier, state: Mapping[str, Tensor]) -> Classifier:
     """Copy `state` into `model` and return it; nothing is copied unless everything fits.
 
-    Raises ValueError naming the first keys that are missing, unexpected, of another shape, or not
-    finite.
+    Raises ValueError naming the first keys that are missing, unexpected, of another shape, sparse
+    or complex, or not finite in the model's type.
     """
     own = model.state_dict()
     shared = [k for k in own if k in state]
+    fitting = [k for k in shared if state[k].shape == own[k].shape]
+    plain = [k for k in fitting if _is_plain(state[k])]
     faults = {
         "lack": [k for k in own if k not in state],
         "have unexpected": [k for k in state if k not in own],
@@ -211,12 +213,22 @@ def load_weights(model: Classifier, state: Mapping[str, Tensor]) -> Classifier:
             for k in shared
             if state[k].shape != own[k].shape
         ],
-        "have non-finite": [k for k in shared if not bool(torch.isfinite(state[k]).all())],
+        "have other than plain real": [k for k in fitting if k not in plain],
+        "have non-finite": [
+            k for k in plain if not bool(torch.isfinite(state[k].to(own[k].dtype)).all())
+        ],
     }
     if found := [f"{fault} {_first(keys)}" for fault, keys in faults.items() if keys]:
         raise ValueError(f"weights for {model.spec.name} {' and '.join(found)}")
     model.load_state_dict(state)
     return model
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether its numbers are there, all of them, and real."""
+    return value.layout == torch.strided and not (
+        value.is_meta or value.is_quantized or value.is_complex()
+    )
 
 
 def _first(keys: list[str]) -> str:

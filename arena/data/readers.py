@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -29,6 +30,7 @@ from arena.data.catalogue import DataError, DatasetInfo
 
 _CHUNK = 1_000  # images decoded between two reports
 _ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_HIGHEST = 1_000_000  # label: as many classes as that are no classes
 _LABELS = ("label", "labels", "fine_label", "class", "target", "y")
 
 
@@ -315,12 +317,7 @@ class _Layout(NamedTuple):
 
 def _layout(schema: Any, where: str, info: DatasetInfo) -> _Layout:
     """Which columns hold image and label, by the hub's feature description or by name and type."""
-    meta = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = {
-        name: feature
-        for name, feature in meta.get("info", {}).get("features", {}).items()
-        if isinstance(feature, dict) and name in schema.names
-    }
+    features = _features(schema, where)
     images = [name for name, feature in features.items() if feature.get("_type") == "Image"]
     images += [
         field.name
@@ -341,8 +338,29 @@ def _layout(schema: Any, where: str, info: DatasetInfo) -> _Layout:
     if label is None:
         wanted = f"'label' or {_listed(info.attributes)}" if info.attributes else "'label'"
         raise DataError(f"{where} has no column {wanted}, only {_listed(schema.names)}")
-    names = features.get(label, {}).get("names")
-    return _Layout(images[0], (label,), tuple(map(str, names)) if names else None)
+    names = features.get(label, {}).get("names") or ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where} describes the classes of {label!r} as {names!r}, not by names")
+    return _Layout(images[0], (label,), tuple(names) or None)
+
+
+def _features(schema: Any, where: str) -> dict[str, dict[str, Any]]:
+    """The hub's description of the columns; {} where the file has none."""
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise DataError(f"{where} has more than one column {name!r}")
+    raw = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = json.loads(raw).get("info", {}).get("features", {}).items()
+    except (ValueError, AttributeError, RecursionError):
+        raise DataError(
+            f"{where} has a description of its columns (huggingface) that cannot be read"
+        ) from None
+    return {
+        name: feature
+        for name, feature in features
+        if isinstance(feature, dict) and name in schema.names
+    }
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -362,6 +380,9 @@ def _labels(table: Any, layout: _Layout, info: DatasetInfo, where: str) -> NDArr
         if column.null_count:
             empty = int(np.flatnonzero(column.is_null().to_numpy())[0])
             raise DataError(f"row {empty} of {where} has no label")
+        most = pc.max(column).as_py()
+        if most is not None and most > _HIGHEST:
+            raise DataError(f"{where} has the label {most}; classes are numbered from 0")
         values = column.cast(pa.int64()).to_numpy()
         y = y * 2 + (values > 0) if len(layout.labels) > 1 else values
     names = layout.classes or info.class_names
