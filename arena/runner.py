@@ -519,12 +519,28 @@ class Runner:
             "shape": list(setting.dataset.shape),
         }
 
-    def _run(self, job: dict[str, Any], name: str, **options: Any) -> dict[str, Any]:
+    def _run(
+        self,
+        job: dict[str, Any],
+        name: str,
+        losses: dict[int, float] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The job's result; `losses` is filled with each epoch's, where the job trains."""
+
+        def told(event: dict[str, Any]) -> None:
+            figures = event.get("figures") or {}
+            if losses is not None and {"loss", "epoch"} <= figures.keys():
+                if figures["epoch"] == 1:
+                    losses.clear()
+                losses[int(figures["epoch"])] = float(figures["loss"])
+            self._say("progress", **{**event, "name": name})
+
         return isolate.run(
             job,
             logfile=Path(job["folder"]) / f"{job['job']}.log",
             stop=self.stop,
-            on_event=lambda event: self._say("progress", **{**event, "name": name}),
+            on_event=told,
             **options,
         )
 
@@ -546,11 +562,13 @@ class Runner:
         }
         started = _now()
         test_files = dict(setting.dataset.files["test"])
+        losses: dict[int, float] = {}  # of the last network that was trained: the victim
         result = self._guarded(
             job,
             victim.name,
             timeout=self.plan.board.timeout,
             answer=lambda question: test_files,
+            losses=losses,
         )
         measured = self._guarded(
             {
@@ -580,6 +598,7 @@ class Runner:
                 "seed": victim.seed,
                 "result": result,
                 "measured": measured,
+                "losses": [[epoch, _finite(loss)] for epoch, loss in sorted(losses.items())],
                 "started": started,
                 "finished": _now(),
                 **provenance(device, self._threads),

@@ -75,6 +75,7 @@ def _line(row: Row) -> Row:
         "status": row["status"].replace("_", " "),
         "flags": ", ".join(flag.replace("_", " ") for flag in row["flags"]),
         "seed": number(row["seed"]),
+        "labels": row["labels"] if tables.is_attacked(row) else "",
         "null": int(row["null"]),
         "home": row.get("home") or "",
     }

@@ -152,13 +152,17 @@ def build_page(
 
 def render_page(template: str, **values: Any) -> str:
     """A page of this package's templates with the styles and scripts that all pages share."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(_asset),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    return environment.from_string(_asset(template)).render(
+    return environment.get_template(template).render(
         styles="\n".join(_asset(f"assets/{name}.css") for name in ("tabulator.min", "page")),
         scripts=[_script(_asset(f"assets/{name}.js")) for name in ("tabulator.min", "page")],
         **values,

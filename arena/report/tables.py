@@ -186,7 +186,7 @@ _STANDING = ("standing", "p_best", "pairs")
 
 def _stand(lines: list[Row], scores: list[dict[tuple[str, int], float]]) -> None:
     """Enter how each defense stands to the first, which is the best: "best", "tied" where the test
-    cannot tell it from that, or nothing. Only defenses without mishaps are compared."""
+    could tell it from that and does not, or nothing. Only defenses without mishaps are compared."""
     for line in lines:
         line |= {"standing": "", "p_best": None, "pairs": 0}
     sound = [k for k, line in enumerate(lines) if not line["unsound"] and line["der"] is not None]
@@ -200,8 +200,9 @@ def _stand(lines: list[Row], scores: list[dict[tuple[str, int], float]]) -> None
         pair = [[scores[k][key] for key in shared] for k in (best, place)]
         raw.append(paired_p(*pair) if shared else 1.0)
         lines[place]["pairs"] = len(shared)
+    able = smallest_p(lines[best]["pairs"]) * len(others) < LEVEL  # else every defense were tied
     for place, p in zip(others, holm(raw), strict=True):
-        lines[place] |= {"p_best": p, "standing": "" if p < LEVEL else "tied"}
+        lines[place] |= {"p_best": p, "standing": "tied" if able and p >= LEVEL else ""}
 
 
 def standing_note(frame: pd.DataFrame) -> str:
@@ -210,19 +211,20 @@ def standing_note(frame: pd.DataFrame) -> str:
     if not len(best):
         return "No defense went through without mishap, so none is marked as the best."
     pairs, compared = int(best["pairs"].max()), int(frame["p_best"].notna().sum())
-    note = (
-        "Bold: the best mean DER. ≈: not significantly different from it (Wilcoxon's signed-rank "
-        f"test over {pairs} pairs of attack and seed, Holm's correction for {compared} "
-        f"comparison{'s' * (compared != 1)}, p ≥ {LEVEL:g}). Defenses with mishaps are not tested."
+    bold = "Bold: the best mean DER among defenses without mishaps."
+    test = (
+        f"Wilcoxon's signed-rank test over {pairs} pair{'s' * (pairs != 1)} of attack and seed, "
+        f"Holm's correction for {compared} comparison{'s' * (compared != 1)}"
     )
     least = smallest_p(pairs) * compared
-    if compared and least >= LEVEL:
-        note += (
-            f" With {pairs} pair{'s' * (pairs != 1)} the first corrected p cannot fall below "
-            f"{min(least, 1):.2g}, so the test can tell nothing apart here; more seeds or attacks "
-            "would."
+    if not compared:
+        return f"{bold} There is no other to compare it with."
+    if least >= LEVEL:
+        return (
+            f"{bold} Whether others differ from it significantly cannot be told: in {test}, p "
+            f"cannot fall below {min(least, 1):.2g}. More seeds or attacks would tell."
         )
-    return note
+    return f"{bold} ≈: not significantly different from it ({test}, p ≥ {LEVEL:g})."
 
 
 def cells(rows: Iterable[Row]) -> pd.DataFrame:
