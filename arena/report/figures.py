@@ -261,12 +261,13 @@ def cost(rows: Sequence[Row]) -> Made | str:
         sheet = _new(6.4, max(1.8, 0.28 * len(known) + 1.0))
         axes = sheet.add_subplot()
         axes.barh(
-            [_short(bar[0]) + "​" * k for k, bar in enumerate(known)],
+            range(len(known)),
             [bar[1] for bar in known],
             xerr=[bar[2] for bar in known],
             color=BLUE,
             ecolor=GREY,
         )
+        axes.set_yticks(range(len(known)), [_short(bar[0]) for bar in known])
         axes.set_xlabel("seconds per repair")
         axes.set_xlim(left=0)
         return sheet

@@ -38,8 +38,8 @@ DEFINITION = (
     "not apply are no duels, and cells that were not run are missing. Ratings are Bradley–Terry "
     f"strengths on the scale of chess (mean {CENTRE}, {PER_TENFOLD} points are odds of ten to "
     f"one), fitted by choix with a tenth of a drawn duel between any two; intervals hold 95 % of "
-    f"{RESAMPLES} fits to resampled duels. Beside them the mean and the worst share, where a "
-    "defense's worst is its least and an attack's too: worst cases show what an average hides."
+    f"{RESAMPLES} fits to resampled duels. Beside them each one's mean share and its least: "
+    "a worst case shows what an average hides."
 )
 
 

@@ -352,7 +352,9 @@ def _line(board: Board, rows: Sequence[Row]) -> dict[str, Any]:
     best = []
     if rows:
         frame = tables.leaderboard(rows)
-        best = list(dict.fromkeys(frame[frame["standing"] == "best"]["defense_short"]))
+        first = frame[frame["standing"] == "best"]
+        names = zip(first["defense_short"], first["null"], strict=True)
+        best = list(dict.fromkeys(name + " (null)" * bool(null) for name, null in names))
     return {
         "name": board.name,
         "title": tables.clean_text(board.title or board.name),
