@@ -130,12 +130,17 @@ function explore(data) {
     return node;
   };
   const head = (title, hint) => () => make("button", { type: "button", title: hint ?? title }, title);
+  // widths come from the words, not from measuring cells: nothing shifts, and it is quick
+  const room = (field, least) => {
+    const longest = runs.reduce((most, run) => Math.max(most, run[field].length), 0);
+    return Math.min(Math.max(least, 40 + 7.3 * longest), innerWidth > 700 ? 280 : 190);
+  };
   const word = (field, title, width, more = {}) => ({
-    field, title, titleFormatter: head(title), formatter: text, minWidth: width, widthGrow: 1,
+    field, title, titleFormatter: head(title), formatter: text, width: room(field, width),
     sorter: "string", ...more,
   });
   const figure = (field, title, show, width = 104) => ({
-    field, title, titleFormatter: head(title), formatter: spread(field, show), minWidth: width,
+    field, title, titleFormatter: head(title), formatter: spread(field, show), width,
     hozAlign: "right", headerHozAlign: "right", cssClass: "n", headerSortStartingDir: "desc",
     sorter: (a, b, one, two, column, dir) => {
       const none = dir === "asc" ? Infinity : -Infinity;
@@ -151,17 +156,17 @@ function explore(data) {
     } }),
     figure("acc", "ACC %", percent), figure("asr", "ASR %", percent),
     figure("ra", "RA %", percent), figure("der", "DER %", percent),
-    figure("acc_drop", "ACC drop", percent), figure("twin_acc_drop", "twin drop", percent),
+    figure("acc_drop", "ACC drop", percent, 112), figure("twin_acc_drop", "twin drop", percent, 112),
     figure("distance", "distance", value => plain(value, 2)),
-    figure("distance_gain", "gain %", percent), figure("robust_acc", "robust ACC %", percent),
-    figure("seconds", "seconds", value => plain(value, 1)),
+    figure("distance_gain", "gain %", percent), figure("robust_acc", "robust ACC %", percent, 140),
+    figure("seconds", "seconds", value => plain(value, 1), 120),
     { ...figure("n", "seeds", value => String(value), 70), field: "n" },
     { ...figure("seed", "seed", value => value === null ? "–" : String(value), 70) },
     word("status", "status", 130),
     word("board", "board", 130), word("dataset", "data set", 110), word("model", "model", 100),
     word("recipe", "recipe", 80), word("threat", "threat model", 130),
     word("labels", "labels", 90), figure("clean_images", "clean images",
-      value => plain(value, 0)),
+      value => plain(value, 0), 140),
   ].filter(column => ["attack", "defense", "n", "seed", "status"].includes(column.field)
     || (isWord.has(column.field) ? various(column.field) : data.columns.includes(column.field)));
 
@@ -223,7 +228,7 @@ function explore(data) {
   const table = new Tabulator("#explorer", {
     data: shown().filter(kept),
     columns, index: "id", height: "min(36rem, 75vh)", renderVertical: "virtual",
-    layout: "fitDataFill", placeholder: "Nothing matches; clear a filter.",
+    layout: "fitData", placeholder: "Nothing matches; clear a filter.",
     initialSort: sortable ? [{ column: asked[2], dir: asked[1] ? "desc" : "asc" }] : [],
     columnDefaults: { headerSortTristate: true, resizable: false, headerTooltip: false },
     rowFormatter: row => {
