@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from arena.core.registry import BadInput, nearest, split_spec
+from arena.leaderboard_cli import DataDirOption, JsonOption, StoreOption
+from arena.leaderboard_cli import app as leaderboard_app
+from arena.store import open_store
 
 if TYPE_CHECKING:
     from arena.boards import Board
@@ -39,22 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-leaderboard_app = typer.Typer(no_args_is_help=True, help="Build leaderboards from a store.")
 app.add_typer(leaderboard_app, name="leaderboard")
 
-StoreOption = Annotated[
-    Path | None,
-    typer.Option("--store", envvar="ARENA_STORE", help="Folder of artifacts and records."),
-]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir",
-        envvar="ARENA_DATA_DIR",
-        help="Folder with one folder per data set (Parquet files); without it the hub is asked.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 # A model to examine, and how triggers of it are searched.
 CellArgument = Annotated[str | None, typer.Argument(help="The first letters of a cell's key.")]
 CheckpointOption = Annotated[
@@ -503,12 +492,13 @@ def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
     from arena.measuring import lacking
     from arena.report.rows import aligned, flatten
     from arena.runner import board_records
+    from arena.site import write_run
     from arena.watch import print_table
 
     keys = {cell.key for cell in plan.cells}
     board = plan.board
     records = [r for r in board_records(store, board.name, board.version) if r["key"] in keys]
-    paths = _build(store, records, board.name, None)
+    paths = write_run(store, board.name, records)
     rows = [flatten(record) for record in records]
     if as_json:
         print(json.dumps(aligned(rows), indent=1, allow_nan=False))
@@ -531,54 +521,6 @@ def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
                 file=sys.stderr,
             )
     return 1 if summary.failed or summary.unmeasured else 0
-
-
-def _build(store: Store, records: list[dict[str, Any]], name: str, out: Path | None) -> list[Path]:
-    from arena.core.measures import COLUMNS
-    from arena.core.metric_list import METRICS
-    from arena.gallery import pictures
-    from arena.report.page import write_leaderboard
-    from arena.report.rows import flatten, measured_columns
-
-    if not records:
-        raise BadInput(f"The board {name!r} has no finished cells yet; run it first.")
-    shown = measured_columns(map(flatten, records))
-    metrics = [*METRICS, *(column for column in COLUMNS if column.name in shown)]
-    version = records[0]["board"]["version"]  # of all of them
-    [board] = [b for b in store.boards() if (b["name"], b["version"]) == (name, version)]
-    definition = board["definition"]
-    return write_leaderboard(
-        records,
-        pictures(store, records),
-        out or store.root / "leaderboard" / name,
-        [metric._asdict() for metric in metrics],
-        definition.get("title") or f"Backdoor Arena: {name}",
-        board["command"],
-        definition.get("published", ()),
-    )
-
-
-@leaderboard_app.command("build")
-def leaderboard_build(
-    board: Annotated[str | None, typer.Argument(help="A board's name; all without it.")] = None,
-    store: StoreOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to.")] = None,
-) -> None:
-    """Write Markdown, CSV, JSON, LaTeX and one self-contained page per board of a store."""
-    from arena.runner import board_records
-
-    opened = _open_store(store)
-    boards = [b for b in opened.boards() if board in (None, b["name"])]
-    if not boards:
-        raise BadInput(
-            f"There is no board {board!r} in {str(opened.root)!r}; "
-            f"{nearest(str(board), [b['name'] for b in opened.boards()])}."
-        )
-    names = {found["name"]: None for found in boards}  # of all versions, in order
-    for name in names:
-        folder = out / name if out and len(names) > 1 else out
-        for path in _build(opened, board_records(opened, name), name, folder):
-            print(path)
 
 
 # ---------------------------------------------------------------------------------- looking around
@@ -630,20 +572,6 @@ def info(
     print(json.dumps(found, indent=1) if as_json else listing.page(found))
 
 
-def _open_store(store: Path | None) -> Store:
-    """The store named, or the one used last below runs/. Raises BadInput."""
-    from arena.store import Store
-
-    if store is None:
-        known = [path.parent for path in Path("runs").glob("*/store.json")]
-        if not known:
-            raise BadInput("There is no store below runs/; name one with --store.")
-        store = max(known, key=lambda folder: (folder / "boards").stat().st_mtime)
-    if not (store / "store.json").is_file():
-        raise BadInput(f"There is no store in {str(store)!r}; name another folder with --store.")
-    return Store(store)
-
-
 @app.command()
 def show(
     cell: Annotated[str, typer.Argument(help="The first letters of a cell's key.")],
@@ -654,7 +582,7 @@ def show(
     """One cell: metrics, provenance, pictures."""
     from arena import listing
 
-    opened = _open_store(store)
+    opened = open_store(store)
     record = opened.find(cell)
     if as_json:
         print(json.dumps(record, indent=1))
@@ -991,7 +919,7 @@ def detect(
         draws,
         clean_share,
     )
-    opened = _open_store(store)
+    opened = open_store(store)
     with _status("detecting", quiet=as_json):
         inputs = detecting.inputs_of(opened, cell, data_dir)
         found = detecting.detect(inputs, question, opened, device=_device(device), seed=seed)
@@ -1038,7 +966,7 @@ def _subject(
     if labels not in (known := ("given", "model")):
         raise BadInput(f"There are no labels {labels!r}; {nearest(labels, known)}.")
     if cell is not None:
-        opened = _open_store(store)
+        opened = open_store(store)
         return opened, of_cell(opened, cell, data_dir)
     assert checkpoint is not None
     if dataset is None or (model is None and not trust_pickle and checkpoint.is_file()):
@@ -1073,7 +1001,7 @@ def results(
 
     if format not in tables.FORMATS:
         raise BadInput(f"There is no format {format!r}; {nearest(format, tables.FORMATS)}")
-    rows = [flatten(record) for record in board_records(_open_store(store), board)]
+    rows = [flatten(record) for record in board_records(open_store(store), board)]
     for key, wanted in (("attack", attack), ("defense", defense)):
         if wanted is not None:
             names = {row[f"{key}_name"] for row in rows}

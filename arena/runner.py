@@ -63,6 +63,7 @@ log = logging.getLogger("arena")
 FINAL = ("ok", "not_established", "collapsed", "not_applicable")  # others are tried again
 RECORD_BYTES = 20_000  # of a record and a reading: enough
 MOST_TRIGGER = 2**32  # bytes that a trigger's networks may have
+MOST_EPOCHS = 10_000  # whose losses are kept
 PROTOCOL = 2  # of training and scoring inside arena.referee.worker; raised when results change
 
 
@@ -570,7 +571,20 @@ class Runner:
             "shape": list(setting.dataset.shape),
         }
 
-    def _run(self, job: dict[str, Any], name: str, **options: Any) -> Done:
+    def _run(
+        self,
+        job: dict[str, Any],
+        name: str,
+        losses: dict[int, float] | None = None,
+        **options: Any,
+    ) -> Done:
+        """The job's result; `losses` is filled with each epoch's, where the job trains."""
+
+        def told(event: dict[str, Any]) -> None:
+            if losses is not None:
+                _note_loss(losses, event["figures"])
+            self._say("progress", **{**event, "name": name})
+
         found = isolate.run(
             job,
             logfile=Path(job["folder"]).parent / f"{job['job']}.log",
@@ -578,7 +592,7 @@ class Runner:
             limits=None if job["job"] == "measure" else self.limits,  # the referee's own work
             level=self.isolation,
             hidden=(self.store.root,),
-            on_event=lambda event: self._say("progress", **{**event, "name": name}),
+            on_event=told,
             **options,
         )
         check_answer(job["job"], found)
@@ -618,8 +632,15 @@ class Runner:
                 _copy(test_files[name], folder / file)
             return names
 
+        losses: dict[int, float] = {}  # of the last network that was trained: the victim
         try:
-            result = self._guarded(job, victim.name, timeout=self.plan.board.timeout, answer=answer)
+            result = self._guarded(
+                job,
+                victim.name,
+                timeout=self.plan.board.timeout,
+                answer=answer,
+                losses=losses,
+            )
         finally:
             desk.close()
         if not trained:
@@ -664,6 +685,7 @@ class Runner:
                 "seed": victim.seed,
                 "result": result,
                 "measured": measured,
+                "losses": [[epoch, _finite(loss)] for epoch, loss in sorted(losses.items())],
                 "started": started,
                 "finished": _now(),
                 "isolation": result.isolation,
@@ -1086,6 +1108,16 @@ def _count(
         summary.failed.append(dict(record))
     elif record is not None and lacking(record, measures):
         summary.unmeasured.append(dict(record))
+
+
+def _note_loss(losses: dict[int, float], figures: Mapping[str, Any]) -> None:
+    """Enter an epoch's loss, as a worker tells it; with the first epoch another network begins."""
+    epoch, loss = figures.get("epoch"), figures.get("loss")
+    if epoch is None or loss is None or not 1 <= epoch <= MOST_EPOCHS:
+        return
+    if epoch == 1:
+        losses.clear()
+    losses[int(epoch)] = float(loss)
 
 
 def _fresh_folder(folder: Path) -> Path:

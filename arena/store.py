@@ -329,6 +329,18 @@ class Store:
         return shutil.disk_usage(folder).free
 
 
+def open_store(folder: Path | None) -> Store:
+    """The store named, or the one used last below runs/. Raises BadInput."""
+    if folder is None:
+        known = [path.parent for path in Path("runs").glob("*/store.json")]
+        if not known:
+            raise BadInput("There is no store below runs/; name one with --store.")
+        folder = max(known, key=lambda each: (each / "boards").stat().st_mtime)
+    if not (folder / "store.json").is_file():
+        raise BadInput(f"There is no store in {str(folder)!r}; name another folder with --store.")
+    return Store(folder)
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, written atomically."""
     from safetensors import SafetensorError

@@ -595,12 +595,14 @@ def test_a_failed_measure_is_told_at_the_end(
 
 
 def test_leaderboard_build(store: Path, tmp_path: Path) -> None:
-    out = tmp_path / "board"
+    out = tmp_path / "site"
     answer = arena("leaderboard", "build", "--store", store, "--out", out)
     assert answer.code == 0, answer.err
-    assert {path.suffix for path in out.iterdir()} >= {".md", ".csv", ".json", ".html", ".tex"}
-    page = next(out.glob("*.html")).read_text()
+    [folder] = [path for path in out.iterdir() if path.is_dir()]
+    assert {path.suffix for path in folder.iterdir()} >= {".md", ".csv", ".json", ".html", ".tex"}
+    page = (folder / "index.html").read_text()
     assert "data:image/png;base64," in page
+    assert {path.stem for path in (folder / "figures").glob("*.png")} >= {"heat", "curves"}
     for path in answer.out.split():
         assert os.path.getsize(path)
     wrong = arena("leaderboard", "build", "adhc", "--store", store)

@@ -19,7 +19,7 @@ import pytest
 import torch
 import toys
 
-from arena import api, cli, inverting, listing
+from arena import api, inverting, listing
 from arena.boards import Board
 from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
@@ -40,6 +40,7 @@ from arena.runner import (
     method_identity,
     past_seconds,
 )
+from arena.site import write_run
 from arena.store import Store, digest, load_tensors
 from arena.subjects import of_cell
 
@@ -672,7 +673,7 @@ def test_pages_carry_the_title_of_their_own_version(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("arena.report.rows.flatten", lambda record: {})
     for version in (9, 10):
-        cli._build(opened, [{"board": {"name": "demo", "version": version}}], "demo", None)
+        write_run(opened, "demo", [{"board": {"name": "demo", "version": version}}])
     assert titles == ["of 9", "of 10"]
 
 

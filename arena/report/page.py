@@ -11,13 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import tables
-from .rows import CONTEXT, Row, flatten, number
+from arena.core.checks import FLAGS
+
+from . import rating, tables
+from .explorer import explorer
+from .rows import CONTEXT, Row, flatten, number, unflatten
 from .statistics import summarise
 
 if TYPE_CHECKING:
+    import pandas as pd
     from markupsafe import Markup
 
 Record = Mapping[str, Any]
@@ -28,33 +32,6 @@ TITLE = "Backdoor leaderboard"
 SHADE_FULL = 0.2  # the ACC drop that is shaded darkest
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable")) {
-  const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
-  heads.forEach((head, column) => {
-    const sort = () => {
-      const up = head.getAttribute("aria-sort") === "none"
-        ? !head.classList.contains("n") : head.getAttribute("aria-sort") === "descending";
-      heads.forEach(other => other.setAttribute("aria-sort", "none"));
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const value = row => row.cells[column].dataset.v ?? "";
-      const numeric = head.classList.contains("n");
-      const rows = [...table.tBodies[0].rows].sort((one, two) => {
-        const a = value(one), b = value(two);
-        if (a === "" || b === "") return (a === "") - (b === "");
-        return (numeric ? a - b : a.localeCompare(b)) * (up ? 1 : -1);
-      });
-      table.tBodies[0].append(...rows);
-    };
-    head.tabIndex = 0;
-    head.setAttribute("aria-sort", "none");
-    head.addEventListener("click", sort);
-    head.addEventListener("keydown", event => {
-      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); sort(); }
-    });
-  });
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +44,8 @@ class Tile:
     asr_shade: float = 0.0  # in [0, 1]: ASR
     note: str = ""  # what went wrong; never empty where there are no numbers
     hint: str = ""  # the cell in words
+    cell: str = ""  # the key of its first run, where there is any
+    single: bool = False  # whether its figures rest on one seed
 
 
 @dataclass(frozen=True)
@@ -82,11 +61,53 @@ class Section:
 
     title: str
     leaderboard: tables.View
+    standing: str
     matrix: Matrix
     attacks: tables.View
     published: tables.View
     hiding: tables.View
     weak: tables.View
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of `figures/NAME.png` and `.svg` beside the page."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    svg: bytes
+    width: int  # px that it is laid out with
+    height: int
+    wide: bool = False  # takes a line of its own
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A submitted result card, in words."""
+
+    method: str
+    kind: str
+    spec: str
+    status: str
+    cells: int
+    signed: str
+    note: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a site's page shows beyond the page of one run."""
+
+    drawings: Sequence[Drawing] = ()
+    absent: Sequence[tuple[str, str]] = ()  # figures that could not be drawn, and why
+    rated: Sequence[rating.Rated] = ()
+    entries: Sequence[Entry] = ()
+    notes: Sequence[str] = ()  # what is missing, clashes or was left out
+    facts: Sequence[tuple[str, Sequence[str]]] = ()  # of published rows, which tell less
+    exports: bool = False  # whether `tables/` lies beside the page
 
 
 def build_page(
@@ -96,28 +117,24 @@ def build_page(
     title: str = TITLE,
     command: str = "",
     published: Figures = (),
+    extras: Extras = Extras(),
 ) -> str:
-    """The leaderboard as one HTML page that requests nothing: styles, script, pictures inline.
+    """The leaderboard as one HTML page that requests nothing: styles, scripts, pictures inline
+    (only the figures of `extras` lie beside it).
 
+    records: cell records, or flat rows as they are published.
     pictures: attack's short name -> {"images": [{"clean": png, "triggered": png, "difference":
     png, "label": text}], "caption": text, "psnr": dB}, the pngs as bytes.
     metrics: the definitions to print, each with "name", "definition", "unit" and "source".
     published: what papers report, as of `tables.published`.
     The same records give the same bytes, in whatever order. Raises ValueError without records.
     """
-    from jinja2 import Environment, StrictUndefined
-
     chosen = _unique(records)
     rows = [flatten(record) for record in chosen]
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["breakable"] = _breakable
-    template = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return render_page(
+        "page.html.j2",
         title=tables.clean_text(title),
-        facts=_facts(chosen, rows, command),
+        facts=_merged(_facts(chosen, rows, command), extras.facts),
         sections=_sections(rows, published),
         no_null=not any(row["null"] for row in rows),
         averaged=tables.AVERAGED,
@@ -125,11 +142,41 @@ def build_page(
         failures=tables.view(tables.failures(rows)),
         flags=_flags(chosen),
         metrics=metrics,
-        cells=_provenance(rows),
-        measures=tables.view(tables.measures(rows)),
-        script=_SCRIPT,
-        script_digest=digest,
+        rated=tables.view(rated_frame(extras.rated)),
+        rating_definition=rating.DEFINITION,
+        citation=citation(title, rows),
+        data=explorer(rows, {row["key"]: _more(r) for row, r in zip(rows, chosen, strict=True)}),
+        extras=extras,
     )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page of this package's templates with the styles and scripts that all pages share."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FunctionLoader(_asset),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = _breakable
+    return environment.get_template(template).render(
+        styles="\n".join(_asset(f"assets/{name}.css") for name in ("tabulator.min", "page")),
+        scripts=[_script(_asset(f"assets/{name}.js")) for name in ("tabulator.min", "page")],
+        **values,
+    )
+
+
+def _asset(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _script(text: str) -> dict[str, str]:
+    """A script and the digest by which the page's policy admits it and no other."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": text, "digest": digest}
 
 
 def write_leaderboard(
@@ -140,6 +187,7 @@ def write_leaderboard(
     title: str = TITLE,
     command: str = "",
     published: Figures = (),
+    extras: Extras = Extras(),
 ) -> list[Path]:
     """Write a leaderboard's files into `out_dir` and return their paths.
 
@@ -149,26 +197,80 @@ def write_leaderboard(
     leaderboard.tex   booktabs tables
     index.html        the page of `build_page`
 
+    and with `extras` the page's figures and, where it asks for them, each table in four formats.
     Each file appears whole or not at all; the same records give the same bytes.
     """
+    chosen = _unique(records)
+    contents: dict[str, str | bytes] = dict(table_files(chosen, metrics, title, command, published))
+    contents["index.html"] = build_page(
+        chosen, pictures, metrics, title, command, published, extras
+    )
+    if extras.exports:
+        rows = [flatten(record) for record in chosen]
+        for name, frame in _exported(rows, published, extras.rated).items():
+            for format, suffix in _SUFFIXES.items():
+                contents[f"tables/{name}.{suffix}"] = str(tables.render(frame, format))
+    for drawing in extras.drawings:
+        contents[f"figures/{drawing.name}.png"] = drawing.png
+        contents[f"figures/{drawing.name}.svg"] = drawing.svg
+    return write_files(out_dir, contents)
+
+
+_SUFFIXES = {"md": "md", "csv": "csv", "json": "json", "latex": "tex"}
+
+
+def table_files(
+    records: Iterable[Record],
+    metrics: Sequence[Mapping[str, str]] = (),
+    title: str = TITLE,
+    command: str = "",
+    published: Figures = (),
+) -> dict[str, str]:
+    """File name -> text of a board's tables: those that are published under `leaderboards/`."""
+    rows = [flatten(record) for record in _unique(records)]
+    return {
+        "leaderboard.md": _markdown(rows, metrics, title, command, published),
+        "leaderboard.csv": str(tables.render(_everything(rows), "csv")),
+        "results.json": str(tables.render(tables.current(rows), "json")),
+        "leaderboard.tex": _latex(rows),
+    }
+
+
+def write_files(out_dir: str | os.PathLike[str], contents: Mapping[str, str | bytes]) -> list[Path]:
+    """Write each below `out_dir`, whole or not at all."""
+    return [_write(Path(out_dir) / name, content) for name, content in contents.items()]
+
+
+def _everything(rows: list[Row]) -> pd.DataFrame:
     import pandas as pd
 
-    chosen = _unique(records)
-    page = build_page(chosen, pictures, metrics, title, command, published)
-    rows = [flatten(record) for record in chosen]
-    everything = [
-        frame for frame in (tables.cells(rows), tables.not_established(rows)) if len(frame)
-    ]
-    contents = {
-        "leaderboard.md": _markdown(rows, metrics, title, command, published),
-        "leaderboard.csv": tables.render(pd.concat(everything), "csv"),
-        "results.json": tables.render(tables.current(rows), "json"),
-        "leaderboard.tex": _latex(rows),
-        "index.html": page,
+    both = (tables.cells(rows), tables.not_established(rows))
+    return pd.concat([frame for frame in both if len(frame)])
+
+
+def _exported(
+    rows: list[Row], published: Figures, rated: Sequence[rating.Rated]
+) -> dict[str, pd.DataFrame]:
+    frames = {
+        "leaderboard": tables.leaderboard(rows),
+        "cells": _everything(rows),
+        "attacks": tables.attacks(rows),
+        "published": tables.published(rows, published),
+        "hiding": tables.hiding(rows),
+        "not_established": tables.not_established(rows)[[*tables.WEAK_VIEW]],
+        "failures": tables.failures(rows),
+        "rating": rated_frame(rated),
     }
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_write(folder / name, str(text)) for name, text in contents.items()]
+    return {name: frame for name, frame in frames.items() if len(frame)}
+
+
+def rated_frame(rated: Sequence[rating.Rated]) -> pd.DataFrame:
+    """The rating as a table of `tables`."""
+    import pandas as pd
+
+    lines = [line._asdict() for line in rated]
+    frame = pd.DataFrame(lines, columns=list(rating.Rated._fields))
+    return frame.rename(columns={"mean": "mean_share", "worst": "worst_share"})
 
 
 def _breakable(name: str) -> Markup:
@@ -178,10 +280,13 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(re.split(r"(?<=[:,_/])(?=[^\s])", name))
 
 
-def _write(path: Path, text: str) -> Path:
+def _write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(text.encode("utf-8", "replace"))  # a lone surrogate is no character
+        if isinstance(content, str):
+            content = content.encode("utf-8", "replace")  # a lone surrogate is no character
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -191,7 +296,7 @@ def _write(path: Path, text: str) -> Path:
 def _unique(records: Iterable[Record]) -> list[Record]:
     """The records by cell, each key once."""
     keyed: dict[str, tuple[Row, Record]] = {}
-    for record in records:
+    for record in map(unflatten, records):
         row = flatten(record)
         if record != keyed.setdefault(row["key"], (row, record))[1]:
             raise ValueError(f"two different records share the key {row['key']!r}")
@@ -215,7 +320,8 @@ def _sections(rows: list[Row], published: Figures) -> list[Section]:
     return [
         Section(
             title=tables.context_title(dict(zip(CONTEXT, context, strict=True))),
-            leaderboard=tables.view(tables.leaderboard(group)),
+            leaderboard=tables.view(ranked),
+            standing=tables.standing_note(ranked),
             matrix=_matrix(group),
             attacks=tables.view(tables.attacks(group)),
             published=tables.view(tables.published(group, published)),
@@ -223,6 +329,7 @@ def _sections(rows: list[Row], published: Figures) -> list[Section]:
             weak=tables.view(tables.not_established(group)[[*tables.WEAK_VIEW]]),
         )
         for context, group in groups.items()
+        for ranked in [tables.leaderboard(group)]
     ]
 
 
@@ -267,8 +374,9 @@ def _tile(rows: list[Row], defense: str, attack: str) -> Tile:
     wrong = [word if counts[word] == len(rows) else some[word] for word in sorted(counts)]
     note = ", ".join(wrong) if rows else "not run"
     hint = tables.clean_text(f"{defense} against {attack}")
+    cell = tables.clean_text(rows[0]["key"]) if rows else ""
     if not done:
-        return Tile(note=note or "not measured", hint=f"{hint}: {note}")
+        return Tile(note=note or "not measured", hint=f"{hint}: {note}", cell=cell)
     acc, asr = (summarise(row[name] for row in done) for name in ("acc", "asr"))
     drop = summarise(row["acc_drop"] for row in done).mean
     parts = [f"ACC {_share(acc.mean, acc.sd)}", f"ASR {_share(asr.mean, asr.sd)}"]
@@ -280,6 +388,8 @@ def _tile(rows: list[Row], defense: str, attack: str) -> Tile:
         asr_shade=_shade(asr.mean, 1.0),
         note=note,
         hint=f"{hint}: {', '.join(parts)}",
+        cell=cell,
+        single=len(done) == 1,
     )
 
 
@@ -328,32 +438,32 @@ def _flags(records: list[Record]) -> list[dict[str, Any]]:
         row = flatten(record)
         cell = f"{row['attack_short']} × {row['defense_short']}, seed {row['seed']}"
         for flag in record.get("flags") or ():
+            known = FLAGS.get(flag["name"])  # published rows name their flags only
+            meaning = flag.get("meaning") or (known.meaning if known else "")
+            remedy = flag.get("remedy") or (known.remedy if known else "")
             entry = found.setdefault(
-                flag["name"],
-                {"meaning": flag.get("meaning", ""), "remedy": flag.get("remedy", ""), "cells": []},
+                flag["name"], {"meaning": meaning, "remedy": remedy, "cells": []}
             )
             entry["cells"].append(tables.clean_text(cell))
     return [{"name": name, **found[name]} for name in sorted(found)]
 
 
-def _provenance(rows: list[Row]) -> list[dict[str, Any]]:
-    return [
-        row
-        | {
-            "status": row["status"].replace("_", " "),
-            "acc_text": tables.percent(row["acc"]),
-            "asr_text": tables.percent(row["asr"]),
-            "acc_range": _range(row["acc_low"], row["acc_high"]),
-            "asr_range": _range(row["asr_low"], row["asr_high"]),
-        }
-        for row in rows
+def _more(record: Record) -> list[tuple[str, str]]:
+    """What a record tells of a run beside its row: (label, text)."""
+    entries = [
+        ("weights", _flat(record.get("weights"))),
+        ("images", _flat(record.get("counts"))),
+        ("hardware", _flat(record.get("hardware"))),
+        ("versions", _flat(record.get("versions"))),
+        ("started", _flat(record.get("started"))),
+        ("card", _flat(record.get("card"))),
     ]
-
-
-def _range(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return ""
-    return f"{tables.percent(low)} to {tables.percent(high)}"
+    entries += [
+        (str(e.get("short") or e.get("name")), f"{e['status']}: {e['reason']}")
+        for e in (record.get("measures") or {}).values()
+        if e.get("status") != "ok"
+    ]
+    return [entry for entry in entries if entry[1]]
 
 
 # ---------------------------------------------------------------------------------------- facts
@@ -387,6 +497,50 @@ def _facts(records: list[Record], rows: list[Row], command: str) -> list[tuple[s
         for name, values in facts.items()
         if any(values)
     ]
+
+
+def _merged(
+    facts: list[tuple[str, list[str]]], published: Sequence[tuple[str, Sequence[str]]]
+) -> list[tuple[str, list[str]]]:
+    """Facts with what was published beside the rows; where both tell something, all of it."""
+    merged = dict(facts)
+    for name, values in published:
+        clean = [tables.clean_text(value) for value in values]
+        merged[name] = list(dict.fromkeys([*merged.get(name, []), *clean]))
+    return list(merged.items())
+
+
+class Citation(NamedTuple):
+    text: str
+    bibtex: str
+    sha256: str
+
+
+def citation(title: str, rows: Iterable[Row]) -> Citation:
+    """How to cite a board's table, by version and the sha256 of its results.json."""
+    shown = tables.current(rows)
+    results = str(tables.render(shown, "json"))
+    sha = hashlib.sha256(results.encode("utf-8", "replace")).hexdigest()
+    boards = dict.fromkeys(f"{row['board']} v{row['version']}" for row in shown)
+    year = max((str(row["finished"])[:4] for row in shown), default="")
+    version, name = tables.clean_text(", ".join(boards)), tables.clean_text(title)
+    return Citation(
+        text=f"The Backdoor Arena developers. {name}. Board {version}"
+        + (f", {year}" if year.isdigit() else "")
+        + f". results.json sha256 {sha}.",
+        bibtex="\n".join(
+            [
+                f"@misc{{backdoor_arena_{sha[:8]},",
+                "  author = {{The Backdoor Arena developers}},",
+                f"  title = {{{tables.escape_latex(name)}}},",
+                *([f"  year = {{{year}}},"] if year.isdigit() else []),
+                f"  version = {{{tables.escape_latex(version)}}},",
+                f"  note = {{results.json sha256 {sha}}},",
+                "}",
+            ]
+        ),
+        sha256=sha,
+    )
 
 
 def _named(name: str, fingerprint: str) -> str:
@@ -428,7 +582,9 @@ def _markdown(
     if command:
         parts.append(f"Made by `{tables.clean_text(command).replace('`', '')}`.\n")
     parts.append(f"{tables.AVERAGED}\n")
-    parts.append(str(tables.render(tables.leaderboard(rows), "md")))
+    ranked = tables.leaderboard(rows)
+    parts.append(str(tables.render(ranked, "md")))
+    parts.append(f"{tables.standing_note(ranked)}\n")
     for heading, frame in (
         ("Attacks", tables.attacks(rows)),
         ("Beside published figures", tables.published(rows, published)),

@@ -53,6 +53,7 @@ COLUMNS = (
     *MMD,
     "flags",
     "threat",
+    "labels",
     "attack_name",
     "attack_short",
     "defense_name",
@@ -112,6 +113,7 @@ def flatten(record: Mapping[str, Any]) -> Row:
     return row | {
         "flags": [flag["name"] for flag in record.get("flags") or ()],
         "threat": attack.get("threat") or "",
+        "labels": attack.get("labels") or "",
         "attack_name": attack.get("name") or attack["spec"].partition(":")[0],
         "attack_short": attack.get("short") or attack["spec"],
         "defense_name": defense.get("name") or defense["spec"].partition(":")[0],
@@ -122,6 +124,80 @@ def flatten(record: Mapping[str, Any]) -> Row:
         "finished": record.get("finished") or "",
         "key": record.get("key") or "",
     }
+
+
+def unflatten(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The record that `flatten` gives `row` of, as far as a row tells: what published rows become.
+
+    A mapping that is a record already comes back as it is. Raises ValueError where the row does
+    not say which cell it is, or where a column holds something else than it should.
+    """
+    if isinstance(row, Mapping) and isinstance(row.get("board"), Mapping):
+        return dict(row)
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row is a JSON object, got {str(row)[:60]!r}")
+    if missing := [name for name in _NEEDED if name not in row]:
+        raise ValueError(f"row {row.get('key', 'without a key')} has no {', '.join(missing)}")
+    if wrong := [name for name in _NEEDED if not isinstance(row[name], str | int)]:
+        raise ValueError(f"row {row.get('key', 'without a key')}: {wrong[0]} is no word")
+    texts = {name: str(row.get(name) or "") for name in _WORDS}
+    flags, lost = (_list(row.get(name)) for name in ("flags", "unmeasured"))
+    columns = {n: row[n] for n in (*MEASURED, *UNITS.values()) if row.get(n) is not None}
+    measures = (
+        {"": {"name": "", "short": "", "status": "ok", "columns": columns}} if columns else {}
+    )
+    for text in lost:
+        name, _, reason = str(text).partition(": ")
+        measures[name] = {"name": name, "short": name, "status": "failed", "reason": reason}
+    mmd: dict[str, dict[str, Any]] = {}
+    for name in MMD:
+        _, kind, level = name.split("_")
+        if row.get(name) is not None:
+            mmd.setdefault(level, {})[kind] = row[name]
+    return {
+        "key": texts["key"],
+        "board": {"name": str(row["board"]), "version": row["version"]},
+        "dataset": {"name": str(row["dataset"]), "fingerprint": texts["fingerprint"]},
+        "model": str(row["model"]),
+        "recipe": str(row["recipe"]),
+        "attack": {
+            "name": texts["attack_name"],
+            "spec": str(row["attack"]),
+            "short": texts["attack_short"],
+            "threat": texts["threat"],
+            "labels": texts["labels"],
+        },
+        "defense": {
+            "name": texts["defense_name"],
+            "spec": str(row["defense"]),
+            "short": texts["defense_short"],
+            "null": bool(row.get("null")),
+        },
+        "seed": row["seed"],
+        "status": str(row["status"]),
+        "reason": texts["reason"],
+        "metrics": {name: row.get(name) for name in METRICS},
+        "intervals": {
+            name: [row.get(f"{name}_low"), row.get(f"{name}_high")] for name in ("acc", "asr")
+        },
+        "budget": {name: row.get(name) for name in BUDGET},
+        "mmd": mmd,
+        "flags": [{"name": str(name)} for name in flags],
+        "measures": measures,
+        "commit": texts["commit"],
+        "finished": texts["finished"],
+    }
+
+
+_NEEDED = (*CONTEXT, "attack", "defense", "seed", "status")
+_WORDS = (
+    *("reason", "threat", "labels", "attack_name", "attack_short", "defense_name"),
+    *("defense_short", "fingerprint", "commit", "finished", "key"),
+)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _measured(measures: Mapping[str, Mapping[str, Any]]) -> Row:

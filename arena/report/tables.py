@@ -29,7 +29,7 @@ from .rows import (
     measured_columns,
     number,
 )
-from .statistics import Summary, over_attacks, summarise
+from .statistics import LEVEL, Summary, holm, over_attacks, paired_p, smallest_p, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,6 +111,11 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
     return groups
 
 
+def established(rows: list[Row]) -> list[Row]:
+    """The rows whose attack worked on their victim."""
+    return _by_establishment(rows)[0]
+
+
 def measured(row: Row) -> bool:
     """Whether the row's numbers enter the means: a collapsed model has numbers, and they count."""
     return row["status"] in ("ok", "collapsed")
@@ -138,6 +143,7 @@ def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
     }
     extra = [name for name in measured_columns(strong + weak) if not name.endswith("_before")]
     lines: list[Row] = []
+    scores: dict[tuple[Any, str], dict[tuple[str, int], float]] = {}
     everyone = _groups(strong + weak, lambda row: (_context(row), row["defense"]))
     counting = _groups(filter(is_attacked, strong), lambda row: (_context(row), row["defense"]))
     for (context, defense), group in everyone.items():
@@ -150,6 +156,9 @@ def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
             values = {(row["attack"], row["seed"]): row.get(name) for row in done}
             line |= _spread(name, over_attacks(values))
         line |= _units(extra, done)
+        scores[context, defense] = {
+            (row["attack"], row["seed"]): row["der"] for row in done if row["der"] is not None
+        }
         line |= {
             "unsound": absent > 0 or any(row["status"] != "ok" for row in counted),
             "attacks": len({row["attack"] for row in done}),
@@ -165,9 +174,57 @@ def leaderboard(rows: Iterable[Row]) -> pd.DataFrame:
             line["defense"],
         )
     )
+    for context, group in _groups(lines, _context).items():
+        _stand(group, [scores[context, line["defense"]] for line in group])
     columns = (*CONTEXT, "defense", *_paired(_OUTCOME), *_columns(extra))
-    columns += ("attacks", "seeds", "notes")
+    columns += ("attacks", "seeds", "notes", *_STANDING)
     return _frame(lines, (*columns, "defense_short", "null"))
+
+
+_STANDING = ("standing", "p_best", "pairs")
+
+
+def _stand(lines: list[Row], scores: list[dict[tuple[str, int], float]]) -> None:
+    """Enter how each defense stands to the first, which is the best: "best", "tied" where the test
+    could tell it from that and does not, or nothing. Only defenses without mishaps are compared."""
+    for line in lines:
+        line |= {"standing": "", "p_best": None, "pairs": 0}
+    sound = [k for k, line in enumerate(lines) if not line["unsound"] and line["der"] is not None]
+    if not sound:
+        return
+    best, *others = sound
+    lines[best] |= {"standing": "best", "pairs": len(scores[best])}
+    raw = []
+    for place in others:
+        shared = sorted(scores[best].keys() & scores[place].keys())
+        pair = [[scores[k][key] for key in shared] for k in (best, place)]
+        raw.append(paired_p(*pair) if shared else 1.0)
+        lines[place]["pairs"] = len(shared)
+    able = smallest_p(lines[best]["pairs"]) * len(others) < LEVEL  # else every defense were tied
+    for place, p in zip(others, holm(raw), strict=True):
+        lines[place] |= {"p_best": p, "standing": "tied" if able and p >= LEVEL else ""}
+
+
+def standing_note(frame: pd.DataFrame) -> str:
+    """What the marks of `leaderboard` say, and what they cannot say for lack of pairs."""
+    best = frame[frame["standing"] == "best"]
+    if not len(best):
+        return "No defense went through without mishap, so none is marked as the best."
+    pairs, compared = int(best["pairs"].max()), int(frame["p_best"].notna().sum())
+    bold = "Bold: the best mean DER among defenses without mishaps."
+    test = (
+        f"Wilcoxon's signed-rank test over {pairs} pair{'s' * (pairs != 1)} of attack and seed, "
+        f"Holm's correction for {compared} comparison{'s' * (compared != 1)}"
+    )
+    least = smallest_p(pairs) * compared
+    if not compared:
+        return f"{bold} There is no other to compare it with."
+    if least >= LEVEL:
+        return (
+            f"{bold} Whether others differ from it significantly cannot be told: in {test}, p "
+            f"cannot fall below {min(least, 1):.2g}. More seeds or attacks would tell."
+        )
+    return f"{bold} ≈: not significantly different from it ({test}, p ≥ {LEVEL:g})."
 
 
 def cells(rows: Iterable[Row]) -> pd.DataFrame:
@@ -372,7 +429,16 @@ def _last(value: float | None, sign: int) -> tuple[bool, float]:
     return value is None, 0.0 if value is None else sign * value
 
 
-_FLOATS = {*METRICS, *MEASURED, *INTERVALS, *BUDGET, "published_acc", "published_asr", "asr_gap"}
+_FLOATS = {
+    *METRICS,
+    *MEASURED,
+    *INTERVALS,
+    *BUDGET,
+    "published_acc",
+    "published_asr",
+    "asr_gap",
+    "p_best",
+}
 
 
 def _frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
@@ -380,7 +446,9 @@ def _frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.Dat
 
     floats = [name for name in columns if name.removesuffix("_sd") in _FLOATS]
     data = {name: [line[name] for line in lines] for name in columns}
-    types = dict.fromkeys(floats, "float64") | dict.fromkeys({*columns} & {"attacks", "seeds"}, int)
+    types = dict.fromkeys(floats, "float64") | dict.fromkeys(
+        {*columns} & {"attacks", "seeds", "pairs"}, int
+    )
     return pd.DataFrame(data, columns=list(columns), dtype=object).astype(types)
 
 
@@ -411,6 +479,8 @@ _PERCENT = {
     "distance_gain": "gain %",
     "robust_acc": "robust ACC %",
     "robust_acc_before": "robust ACC % before",
+    "mean_share": "mean share %",
+    "worst_share": "worst share %",
 }
 _STEALTH = ("psnr", "ssim", "l2", "linf")  # properties of the trigger: shown without their sd
 _MMD = {"mmd_stamped": "stamped", "mmd_intra": "same class", "mmd_inter": "nearest other class"}
@@ -423,11 +493,26 @@ _DIGITS = {
     "seconds": 1,
     **dict.fromkeys(_MMD, 3),
     **dict.fromkeys(_DISTANCES, 2),
+    "rating": 0,
+    "low": 0,
+    "high": 0,
 }
 _HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "l2": "L2", "linf": "L∞", **_MMD, **_DISTANCES}
-_COUNTS = ("attacks", "seeds", "seed")
+_COUNTS = ("attacks", "seeds", "seed", "duels")
 _TEXTS = (
-    *("threat", "attack", "level", "defense", "status", "flags", "reason", "notes", "source"),
+    *(
+        "kind",
+        "name",
+        "threat",
+        "attack",
+        "level",
+        "defense",
+        "status",
+        "flags",
+        "reason",
+        "notes",
+        "source",
+    ),
     *(*UNITS.values(), "unmeasured"),
 )
 _ROW_VIEW = (
@@ -443,6 +528,7 @@ class Entry:
     text: str
     sd: str = ""
     value: float | str | None = None
+    mark: str = ""  # "best", or "tied" with it
 
     def __str__(self) -> str:
         return f"{self.text} ± {self.sd}" if self.sd else self.text
@@ -458,6 +544,7 @@ class View:
     numeric: tuple[bool, ...]
     lines: tuple[tuple[Entry, ...], ...]
     null: tuple[bool, ...]  # which lines are null methods
+    single: tuple[bool, ...]  # which lines rest on one seed
 
 
 def view(frame: pd.DataFrame) -> View:
@@ -497,6 +584,7 @@ def view(frame: pd.DataFrame) -> View:
         numeric=tuple(name in _PERCENT or name in _DIGITS or name in _COUNTS for name in names),
         lines=tuple(tuple(_entry(record, name) for name in names) for record in records),
         null=tuple(bool(record.get("null")) for record in records),
+        single=tuple(record.get("seeds") == 1 for record in records),
     )
 
 
@@ -531,7 +619,8 @@ def _entry(record: Mapping[str, Any], name: str) -> Entry:
         scale, digits = (100, 1) if name in _PERCENT else (1, _DIGITS[name])
         sd = record.get(f"{name}_sd")
         spread = "" if sd is None or name in _STEALTH else _decimal(scale * sd, digits)
-        return Entry(_decimal(scale * value, digits), spread, value)
+        mark = record.get("standing") or "" if name == "der" else ""
+        return Entry(_decimal(scale * value, digits), spread, value, mark)
     if name in ("attack", "defense"):
         value = record.get(f"{name}_short", value)
         value = f"{value} (null)" if name == "defense" and record.get("null") else value
@@ -597,7 +686,11 @@ def markdown(shown: View) -> str:
     title = f"**{escape_markdown(shown.title)}**\n\n" if shown.title else ""
     if not shown.lines:
         return f"{title}No rows.\n"
-    body = [[escape_markdown(str(entry)) for entry in line] for line in shown.lines]
+    marks = {"best": "**{}**", "tied": "{} ≈", "": "{}"}
+    body = [
+        [marks[entry.mark].format(escape_markdown(str(entry))) for entry in line]
+        for line in shown.lines
+    ]
     align = ["right" if numeric else "left" for numeric in shown.numeric]
     headings = list(map(escape_markdown, shown.headings))
     text = tabulate(body, headings, tablefmt="pipe", colalign=align, disable_numparse=True)
@@ -635,7 +728,9 @@ def latex(shown: View) -> str:
 
 def _latex_entry(entry: Entry, numeric: bool) -> str:
     if numeric and isinstance(entry.value, int | float):
-        return f"${str(entry).replace('±', chr(92) + 'pm')}$"
+        text = str(entry).replace("±", "\\pm")
+        text = {"best": f"\\mathbf{{{text}}}", "tied": f"{text}^{{\\approx}}"}.get(entry.mark, text)
+        return f"${text}$"
     return escape_latex(str(entry))
 
 
@@ -650,7 +745,9 @@ def _rich(shown: View) -> Table | Text:
         text = Text(heading.replace(", ", "\n"))  # the unit below, since headings are not wrapped
         table.add_column(text, justify="right" if numeric else "left", no_wrap=numeric)
     for line, null in zip(shown.lines, shown.null, strict=True):
-        table.add_row(*(Text(str(entry)) for entry in line), style="dim" if null else "")
+        bold = {"best": "bold", "tied": "underline"}
+        texts = (Text(str(entry), style=bold.get(entry.mark, "")) for entry in line)
+        table.add_row(*texts, style="dim" if null else "")
     return table
 
 
