@@ -40,11 +40,13 @@ from arena.core.registry import (
     BadInput,
     attacks,
     code_hash,
+    files_of,
     nearest,
     registry_of,
     short_spec,
     spec_of,
     split_spec,
+    stranger_of,
 )
 from arena.core.seeding import stream
 from arena.core.whole import share_refusal
@@ -128,8 +130,8 @@ class Plan:
 
 
 def method_identity(instance: Any) -> dict[str, Any]:
-    """What makes a method's results: full spec, code, the content of files and folders that it
-    names, and the same of the methods that it wraps."""
+    """What makes a method's results: full spec, code (of a stranger also the sha256 of the file),
+    the content of files and folders that it names, and the same of the methods that it wraps."""
     files: dict[str, Any] = {}
     wrapped: dict[str, Any] = {}
     for f in dataclasses.fields(instance):
@@ -149,6 +151,8 @@ def method_identity(instance: Any) -> dict[str, Any]:
     for name, inner in getattr(instance, "wraps", {}).items():
         wrapped[name] = method_identity(inner)
     found = {"spec": spec_of(instance), "code": code_hash(type(instance).__module__)}
+    if (path := stranger_of(instance)) is not None:
+        found["file"] = file_sha256(path)
     return found | ({"files": files} if files else {}) | ({"wrapped": wrapped} if wrapped else {})
 
 
@@ -517,6 +521,7 @@ class Runner:
             "model": setting.model,
             "classes": setting.dataset.num_classes,
             "shape": list(setting.dataset.shape),
+            "method_files": files_of(victim.attack) if kind in ("attack", "measure") else [],
         }
 
     def _run(self, job: dict[str, Any], name: str, **options: Any) -> dict[str, Any]:
@@ -666,6 +671,7 @@ class Runner:
         result = self._guarded(
             {
                 **self._job("repair", victim, device, folder),
+                "method_files": files_of(cell.defense),
                 "spec": spec_of(cell.defense),
                 "weights": str(folder / "victim.safetensors"),
                 "clean": str(folder / "clean.safetensors"),
@@ -673,17 +679,7 @@ class Runner:
             cell.name,
             timeout=self.plan.board.timeout,
         )
-        stamped = artifact.meta["result"]["stamped"]
-        measured = self._guarded(
-            {
-                **self._job("measure", victim, device, folder),
-                "weights": str(folder / "weights.safetensors"),
-                "test": dict(setting.dataset.files["test"]),
-                "triggered": str(artifact.path("triggered")) if stamped else None,
-                "attack": spec_of(victim.attack),
-            },
-            cell.name,
-        )
+        measured = self._scored(cell, artifact, folder / "weights.safetensors", device)
         kept = self.store.save(
             cell.key,
             {p: load_tensors(folder / f"{p}.safetensors") for p in ("weights", "predictions")},
@@ -699,6 +695,40 @@ class Runner:
             "parts": artifact.meta["result"]["parts"],
             "victim_made": {k: artifact.meta[k] for k in ("hardware", "versions", "commit")},
         }
+
+    def _scored(self, cell: Cell, artifact: Artifact, weights: Path, device: str) -> dict[str, Any]:
+        """What the referee measures of a repaired model; the job's folder is that of `weights`."""
+        victim = cell.victim
+        stamped = artifact.meta["result"]["stamped"]
+        return self._guarded(
+            {
+                **self._job("measure", victim, device, weights.parent),
+                "weights": str(weights),
+                "test": dict(victim.setting.dataset.files["test"]),
+                "triggered": str(artifact.path("triggered")) if stamped else None,
+                "attack": spec_of(victim.attack),
+            },
+            cell.name,
+        )
+
+    def scored_again(self, cell: Cell, device: str) -> dict[str, Any] | None:
+        """The metrics of a cell, measured once more from the weights that the store keeps, and the
+        hashes of these weights; None where it keeps none. Raises Failed."""
+        artifact, kept = self.store.artifact(cell.victim.key), self.store.artifact(cell.key)
+        if artifact is None or kept is None:
+            return None
+        key = digest(["scored again", cell.key])
+        folder = _fresh_folder(self.store.scratch(key) / "job")
+        try:
+            shutil.copyfile(kept.path("weights"), folder / "weights.safetensors")
+            measured = self._scored(cell, artifact, folder / "weights.safetensors", device)
+        finally:
+            self.store.clear_scratch(key)
+        hashes = {"before": artifact.sha256("weights"), "after": kept.sha256("weights")}
+        before = artifact.meta["measured"]["metrics"]
+        figures = {name: measured["metrics"].get(name) for name in ("acc", "asr", "ra")}
+        figures |= {f"{name}_before": before.get(name) for name in ("acc", "asr", "ra")}
+        return {"metrics": figures, "weights": hashes}
 
     def _judged(
         self, cell: Cell, artifact: Artifact, measured: Mapping[str, Any]
