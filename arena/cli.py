@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arena import submit_cli
 from arena.core.registry import BadInput, nearest, split_spec
 
 if TYPE_CHECKING:
@@ -323,6 +324,9 @@ def _device(name: str) -> str:
         if index and int(index) >= count:
             raise BadInput(f"--device {name}: the last of {count} GPUs is cuda:{count - 1}.")
     return name
+
+
+submit_cli.mount(app, leaderboard_app, _device)
 
 
 @contextmanager

@@ -370,8 +370,13 @@ def _list(value: Any) -> bool:
 
 _METHOD = {"name": _word, "short": _word, "spec": _word, "code": _word}
 _SOURCE = {
-    "name": _word, "role": _word, "asked": _word, "package": _word, "sha256": _word, "source": _text,
-}  # fmt: skip
+    "name": _word,
+    "role": _word,
+    "asked": _word,
+    "package": _word,
+    "sha256": _word,
+    "source": _text,
+}
 _CARD = {
     "board": {
         "name": _word,

@@ -91,24 +91,28 @@ def matrix(order: Order) -> Board:
     """The board as it is run: the submission in the place of its attacks or of its defenses."""
     board, submission = order.board, order.submission
     name = f"{board.name[:30]}-{submission.name[:30]}".rstrip("-_")
-    budget = {"timeout": board.timeout or SECONDS, "memory": board.memory or MEMORY}
+    board = replace(
+        board,
+        name=name,
+        published=(),
+        timeout=board.timeout or SECONDS,
+        memory=board.memory or MEMORY,
+    )
     if submission.role == "attack":
         entered = (each.spec for each in order.against)
         against = tuple(dict.fromkeys((*board.defense, *entered)))
-        made = replace(
-            board, name=name, attack=(submission.spec,), defense=against, published=(), **budget
-        )
+        made = replace(board, attack=(submission.spec,), defense=against)
     elif submission.role == "repair":
-        made = replace(board, name=name, defense=(submission.spec,), published=(), **budget)
+        made = replace(board, defense=(submission.spec,))
     else:
-        made = replace(board, name=name, defense=("none",), published=(), **budget)
+        made = replace(board, defense=("none",))
     if order.secret is None:
         return made
     sets = [datasets.load(spec, data_dir=order.data_dir) for spec in board.dataset]
     classes = min(each.num_classes for each in sets)
     # drawn under the board's own name, so that all submissions meet the same victims
     return replace(
-        held_back.drawn(replace(made, name=board.name), order.secret, classes), name=name
+        held_back.drawn(replace(made, name=order.board.name), order.secret, classes), name=name
     )
 
 
@@ -146,8 +150,8 @@ def run(order: Order, store: Store, key: Path | None = None) -> Card:
 
 
 def is_asked(order: Order, cell: Cell) -> bool:
-    """Whether a scanner or detector is asked about the cell's model."""
-    return order.submission.role == "scan" or cell.victim.twin is not None
+    """Whether the cell is one of the card: a detector has nothing to find in a clean twin."""
+    return order.submission.role != "detect" or cell.victim.twin is not None
 
 
 def cell_of(record: Mapping[str, Any]) -> dict[str, Any]:
