@@ -134,12 +134,11 @@ def _private(path: Path) -> Ed25519PrivateKey:
 
 def group_of(cell: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """What cells of different seeds have in common."""
-    defense = cell.get("defense")
     return (
         cell["dataset"]["name"],
         cell["model"],
         cell["attack"]["short"],
-        defense["short"] if defense else "",
+        cell["defense"]["short"],
     )
 
 
@@ -257,7 +256,12 @@ def read_json(path: Path, what: str) -> Any:
         if path.stat().st_size > LARGEST:
             raise BadInput(f"The {what} {str(path)!r} is larger than {LARGEST / 1e6:g} MB.")
         text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_constant)
+        return json.loads(
+            text,
+            object_pairs_hook=_without_doubles,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except FileNotFoundError as error:
         raise BadInput(f"There is no {what} {str(path)!r}.") from error
     except OSError as error:
@@ -273,6 +277,13 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands there twice")
     return found
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(f"{word} is too large")
+    return value
 
 
 def _no_constant(word: str) -> Any:
@@ -344,7 +355,13 @@ def _number(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a pair
+        return False
+    return True
 
 
 def _word(value: Any) -> bool:
@@ -415,7 +432,7 @@ _CELL = {
     "model": _word,
     "recipe": _word,
     "attack": _METHOD,
-    "defense?": _METHOD,
+    "defense": _METHOD,
     "seed": _whole,
     "status": _word,
     "reason": _text,
@@ -443,9 +460,19 @@ def read_card(path: Path) -> Card:
     if isinstance(value, Mapping) and "card" in value and "verification" in value:
         value = value["card"]
     card = check_schema(value)
-    check_seal(card)
-    check_derived(card)
+    check_whole(card)
     return card
+
+
+def check_whole(card: Card) -> None:
+    """Raise Altered unless seal and derived figures fit."""
+    try:
+        check_seal(card)
+        check_derived(card)
+    except RecursionError as error:
+        raise Altered("The card is no card of ours: it is too deep.") from error
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Altered(f"The card is inconsistent: {error}.") from error
 
 
 def write_card(path: Path, card: Mapping[str, Any]) -> None:

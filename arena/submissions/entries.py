@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +47,7 @@ def add(path: Path, boards: Path) -> Path:
             f"{str(path)!r} is not verified; `arena submit verify {path}` writes a card that is."
         )
     card = cards.check_schema(value.get("card"))
-    _check_whole(card)
+    cards.check_whole(card)
     verification = check_verification(value["verification"], card)
     folder, board = board_folder(card, boards)
     check_board(card, board, folder)
@@ -185,15 +186,14 @@ def check_verification(value: Any, card: Card) -> Mapping[str, Any]:
     cards.check_seal(value, "verification")
     if value["card"] != card["hash"]:
         raise Altered("The verification belongs to another card.")
-    judged = [figure for cell in value["cells"] for figure in cell["figures"].values()]
-    if value["holds"] != (bool(judged) and all(figure["holds"] for figure in judged)):
+    try:
+        judged = [bool(f["holds"]) for cell in value["cells"] for f in cell["figures"].values()]
+        counted = dict(Counter(cell["how"] for cell in value["cells"]))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise BadInput("The verification is not one that `arena submit verify` wrote.") from error
+    if value["holds"] != (bool(judged) and all(judged)) or value["how"] != counted:
         raise Altered("The verification is inconsistent: its verdict does not follow.")
     return value
-
-
-def _check_whole(card: Card) -> None:
-    cards.check_seal(card)
-    cards.check_derived(card)
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -206,7 +206,7 @@ def read_entry(path: Path) -> Entry:
     if not isinstance(value, Mapping) or any(name not in value for name in wanted):
         raise BadInput(f"{str(path)!r} is no entry that `arena leaderboard add` wrote.")
     card = cards.check_schema(value["card"])
-    _check_whole(card)
+    cards.check_whole(card)
     check_verification(value["verification"], card)
     named = f"{card['method']['name']}-{card['hash'][:12]}"
     if path.stem != named or not re.fullmatch(r"[a-z0-9_]+-[0-9a-f]{12}", path.stem):

@@ -420,12 +420,15 @@ def filled(
 def board_of(card: Card) -> Board:
     """The board that a card tells of. Raises BadInput."""
     told = {k: v for k, v in card["board"]["definition"].items() if v is not None}
-    if (held := told.get("held_back")) is not None:
-        choices: dict[str, dict[str, Any]] = {}
-        for attack, name, values in held.get("choices", ()):
-            choices.setdefault(attack, {})[name] = list(values)
-        told["held_back"] = {**held, "choices": choices}
-    return board_from({**told, "name": card["board"]["name"]}, "the card's board")
+    try:
+        if (held := told.get("held_back")) is not None:
+            choices: dict[str, dict[str, Any]] = {}
+            for attack, name, values in held.get("choices", ()):
+                choices.setdefault(attack, {})[name] = list(values)
+            told["held_back"] = {**held, "choices": choices}
+        return board_from({**told, "name": card["board"]["name"]}, "the card's board")
+    except (AttributeError, LookupError, TypeError) as error:
+        raise BadInput(f"The card's board is no board: {error}.") from error
 
 
 def victims_of(cells: Sequence[Cell]) -> tuple[Victim, ...]:

@@ -85,8 +85,7 @@ from torch import Generator
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import check_clean, fit
-from arena.core.whole import planned
+from arena.core.training import check_clean, finetuning, fit
 
 
 @method
@@ -104,7 +103,17 @@ class {cls}:
         """A repaired copy; the argument stays as it was, and plain weights carry everything."""
         self.check(model, clean)
         model = deepcopy(model)
-        fit(model, clean, planned(model, "fast", self.epochs, self.lr), rng, what="{name}")
+        plan = finetuning(
+            epochs=self.epochs,
+            lr=self.lr,
+            decay_every=2,
+            batch=32,
+            momentum=0.9,
+            weight_decay=1e-4,
+            crop=0,
+            cutout=0,
+        )
+        fit(model, clean, plan, rng, what="{name}")
         return model
 ''',
     "scanner": '''import torch

@@ -183,6 +183,8 @@ def _recomputed(
             again = runner.scored_again(cell, ask.device)
         except Failed as error:
             raise BadInput(f"{cell.name} cannot be measured again: {error.reason}") from error
+        except (LookupError, TypeError, ValueError, OSError) as error:  # a store of strangers
+            raise BadInput(f"{cell.name} cannot be measured again: {error}.") from error
         if again is None:
             continue
         if again["weights"] != told["weights"]:
