@@ -20,7 +20,6 @@ from test_cli import arena
 
 from arena import boards as boards_module
 from arena.boards import board_from, read_board
-from arena.core import registry
 from arena.core.registry import BadInput, Registry, attacks, defenses, spec_of, strangers_imported
 from arena.store import Store
 from arena.submissions import cards, entries, held_back, running, sources, verifying
@@ -35,7 +34,7 @@ model = ["fastnet_tiny"]
 attack = ["patch"]
 defense = ["none"]
 seed = [0]
-recipe = "smoke"
+recipe = "smoke:min_steps=16"
 clean_share = 0.2
 """
 SECRET = b"a secret of sixteen bytes and more"
@@ -279,7 +278,8 @@ def test_an_installed_defense_reaches_a_card(
     card = cards.read_card(tmp_path / "card.json")
     assert card["method"]["package"] == "of_spy_package.spy_package"
     own = [cell for cell in card["cells"] if cell["defense"]["name"] == "spy_package"]
-    assert [cell["status"] for cell in own] == ["ok", "ok"]
+    assert len(own) == 2
+    assert {cell["status"] for cell in own} <= {"ok", "not_established"}
     processes = (tmp_path / "of_spy_package" / "imported_in").read_text().split()
     assert str(os.getpid()) not in processes
     assert len(processes) == 2  # one per cell; what measures its models does not import it
@@ -356,8 +356,7 @@ def test_a_file_that_is_none_is_bad_input(tmp_path: Path) -> None:
 
 
 BODIES = {
-    "impure": "model.body[0].weight.data.zero_() if hasattr(model, 'body') else None\n"
-    "        next(model.parameters()).data.add_(1)\n        return deepcopy(model)",
+    "impure": "next(model.parameters()).data.add_(1)\n        return deepcopy(model)",
     "undetermined": "model = deepcopy(model)\n"
     "        next(model.parameters()).data.add_(torch.rand(1))\n        return model",
     "remembers": "Mine.calls = getattr(Mine, 'calls', 0) + (rng.initial_seed() != SEEN[0])\n"
@@ -543,7 +542,7 @@ def test_a_signature_needs_a_key(here: Path, tmp_path: Path) -> None:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_damaged_cards_are_refused_with_a_sentence(
@@ -714,7 +713,8 @@ def test_changed_code_makes_a_new_version(verified: dict[str, Any], tmp_path: Pa
         cell["attack"]["code"] = "0" * 64
     assert "The code of the attack" in entries.changed(card, other)
     other = copy.deepcopy(card)
-    other["cells"][0]["dataset"]["fingerprint"] = "0" * 64
+    for cell in other["cells"]:
+        cell["dataset"]["fingerprint"] = "0" * 64
     assert "The data set signs" in entries.changed(card, other)
     assert entries.changed(card, {**card, "scoring": "0"}) == "The code of the metrics"
     assert entries.changed(card, card) == ""
@@ -762,7 +762,7 @@ def test_scanners_and_detectors_are_asked_about_the_boards_models(
         assert len(found) == cells
         assert all(0 <= cell["metrics"][figure] <= 1 for cell in found)
         assert {cell["backdoored"] for cell in found} == ({True, False} if cells == 2 else {True})
-    done = arena(*f"submit verify {tmp_path / 'scanner.json'} --sample 1 --device cpu".split())
+    done = arena(*f"submit verify {tmp_path / 'scanner.json'} --sample 1 -s 1 --device cpu".split())
     assert done.code == 0, done.out + done.err
 
 
@@ -864,6 +864,8 @@ def test_claims_are_read_with_care(claim: str, told: str, here: Path, tmp_path: 
 @pytest.mark.parametrize("folder", sorted((ROOT / "leaderboards").glob("*/")), ids=lambda p: p.name)
 def test_published_boards_and_their_entries_are_whole(folder: Path) -> None:
     """Every file in leaderboards/: entries are whole and there once, tables come from the rows."""
+    import pandas as pd
+
     from arena.report import tables
 
     board = read_board(folder / "board.toml")
@@ -880,9 +882,8 @@ def test_published_boards_and_their_entries_are_whole(folder: Path) -> None:
     assert {row["version"] for row in rows} <= set(range(1, board.version + 1))
     shares = ("acc", "asr", "ra")
     assert all(row[n] is None or 0 <= row[n] <= 1 for row in rows for n in shares)
-    table = tables.leaderboard(rows)
-    markdown = (folder / "leaderboard.md").read_text()
-    for column in ("defense",):
-        for value in table[column]:
-            assert str(value) in markdown
-    assert registry.attacks.names()
+    table = str(tables.render(tables.leaderboard(rows), "md"))
+    assert table in (folder / "leaderboard.md").read_text(), "build the board's tables again"
+    frames = [f for f in (tables.cells(rows), tables.not_established(rows)) if len(f)]
+    listed = str(tables.render(pd.concat(frames), "csv"))
+    assert listed == (folder / "leaderboard.csv").read_text(), "build the board's tables again"

@@ -58,7 +58,7 @@ def trial(job: Mapping[str, Any], device: torch.device, build: Build) -> dict[st
     if job["power"] == "poison":
         once = _attacked(method, clean)
     else:
-        once = _asked(method, str(job["power"]), build(job["weights"]).to(device), clean, job)
+        once = _asked(method, lambda: build(job["weights"]).to(device), clean, job)
     seconds = _compare(once, told)
     return {"checks": found, "seconds": seconds}
 
@@ -93,8 +93,13 @@ def _compare(once: Once, told: Callable[[str, bool, str], None]) -> float | None
     return seconds
 
 
-def _asked(method: Any, power: str, model: nn.Module, clean: Images, job: Any) -> Once:
+def _asked(
+    method: Any, fresh: Callable[[], nn.Module], clean: Images, job: Mapping[str, Any]
+) -> Once:
+    power = str(job["power"])
+
     def once(seed: int) -> tuple[dict[str, Tensor], list[str], list[str]]:
+        model = fresh()  # or an impure method would meet what it left the last time
         before, images = _state(model), clean.x.clone()
         modes = [(name, m.training) for name, m in model.named_modules()]
         hooks = _hooks(model)
