@@ -16,7 +16,7 @@ from arena.core import metrics, poisoning, training
 from arena.core.contracts import ControlsTraining, Poisoned, Trigger
 from arena.core.models import Classifier
 from arena.core.recipes import recipe_for
-from arena.core.registry import BadInput, attacks, defenses, spec_of
+from arena.core.registry import BadInput, attacks, defenses, spec_of, strangers_imported
 from arena.core.seeding import stream
 from arena.core.victims import bound
 from arena.core.whole import share_refusal
@@ -60,7 +60,8 @@ def train(
     with fields of its own after a colon. Raises BadInput.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    method = attacks.build(attack, recipe) if isinstance(attack, str) else attack
+    with strangers_imported():
+        method = attacks.build(attack, recipe) if isinstance(attack, str) else attack
     method.check(data.shape, data.counts)
     trigger = method.prepare(data.train, stream(seed, "prepare"))
     poisoned = method.poison(data.train, trigger, stream(seed, "poison"))
@@ -80,7 +81,8 @@ def repair(victim: Victim, defense: str | Any, *, clean_share: float = 0.05) -> 
     defense: a spec such as "nad:epochs=5", or an instance of a method. clean_share: of the training
     images. Raises BadInput.
     """
-    method = defenses.build(defense, victim.recipe) if isinstance(defense, str) else defense
+    with strangers_imported():
+        method = defenses.build(defense, victim.recipe) if isinstance(defense, str) else defense
     if refusal := share_refusal(method, clean_share):
         raise BadInput(refusal)
     data, rows = victim.data.train, victim.poisoned.rows

@@ -18,6 +18,11 @@ A board's keys and the flags are the same words:
     asr = 99.0           # percent; acc likewise
     source = "paper, table, network"
 
+    [held_back]          # a part that only the maintainer can run, `arena submit run --secret`
+    commitment = "…"     # sha256 of the file with the secret
+    draws = ["seed", "target", "trigger"]
+    choices = { patch = { size = [2, 3, 4] } }  # of `trigger`: what is drawn, by attack and field
+
 The clean twin (attack `none`) and the null defenses (`none`, `retrain`, `random_prune`) stand in
 every board, whether named or not. What a board measures is no part of a cell's key: a measure that
 is added later is made up for, and nothing is repaired again.
@@ -36,7 +41,9 @@ from typing import Any
 from arena.core.measures import measures
 from arena.core.registry import BadInput, Registry, attacks, defenses, nearest, split_spec
 
+_OPTIONAL = ("measure", "memory", "held_back", "verifiers")
 NULL_DEFENSES = ("none", "retrain", "random_prune")
+HELD_BACK = ("seed", "target", "trigger")
 RECIPE_NAMES = ("smoke", "fast", "paper")
 MOST_CELLS = 50_000  # of one board: planning more than that takes minutes
 
@@ -49,6 +56,29 @@ class Published:
     source: str  # paper, table, network
     acc: float | None = None  # percent
     asr: float | None = None  # percent
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """What of a board is drawn from a secret that its maintainer keeps."""
+
+    commitment: str  # sha256 (hex) of the secret
+    draws: tuple[str, ...]  # of HELD_BACK
+    choices: tuple[tuple[str, str, tuple[Any, ...]], ...] = ()  # attack, field, values
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9a-f]{64}", self.commitment):
+            raise BadInput(
+                "held_back: commitment is the sha256 of the secret, 64 hexadecimal digits, got "
+                f"{self.commitment!r}."
+            )
+        if not self.draws:
+            raise BadInput(f"held_back: draws names nothing; choose from {', '.join(HELD_BACK)}.")
+        for word in self.draws:
+            if word not in HELD_BACK:
+                raise BadInput(f"held_back cannot draw {word!r}; {nearest(word, HELD_BACK)}.")
+        if self.choices and "trigger" not in self.draws:
+            raise BadInput('held_back: choices need "trigger" among its draws.')
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,9 @@ class Board:
     timeout: float | None = None  # seconds that one method may take; None: as long as it wants
     measure: tuple[str, ...] = ()  # beside answers, of every victim and repaired model
     published: tuple[Published, ...] = ()
+    memory: float | None = None  # GB that one method may take; None: as for any run
+    held_back: HeldBack | None = None
+    verifiers: tuple[str, ...] = ()  # public keys (hex) whose verifications let entries in
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", self.name):
@@ -84,6 +117,11 @@ class Board:
             raise BadInput(f"clean_share must lie in (0, 1], got {self.clean_share:g}.")
         if self.timeout is not None and not self.timeout > 0:
             raise BadInput(f"timeout must be above 0 seconds, got {self.timeout:g}.")
+        if self.memory is not None and not self.memory > 0:
+            raise BadInput(f"memory must be above 0 GB, got {self.memory:g}.")
+        for key in self.verifiers:
+            if not re.fullmatch(r"[0-9a-f]{64}", key):
+                raise BadInput(f"A verifier is a public key of 64 hexadecimal digits, got {key!r}.")
         names = [split_spec(text)[0] for text in self.measure]
         for name in names:
             if names.count(name) > 1:
@@ -109,11 +147,11 @@ class Board:
             )
 
     def definition(self) -> dict[str, Any]:
-        """The board as JSON, without its name, and without `measure` where it asks for none."""
+        """The board as JSON, without its name, and without what it does not ask for."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
-            if name != "name" and (name != "measure" or value)
+            if name != "name" and (name not in _OPTIONAL or value)
         }
 
     def attacks(self) -> list[Any]:
@@ -186,6 +224,8 @@ def board_from(raw: Mapping[str, Any], where: str, default_name: str = "adhoc") 
             raise BadInput(f"{where}: there is no key {key!r}; {nearest(key, known)}.")
         if key == "published":
             values[key] = _published(value, where)
+        elif key == "held_back":
+            values[key] = _held_back(value, where)
         else:
             values[key] = _typed(key, value, str(known[key].type), where)
     return Board(**values)
@@ -212,6 +252,34 @@ def _published(value: Any, where: str) -> tuple[Published, ...]:
                 raise BadInput(f"{where}: {key} is a percentage, got {figure[key]:g}.")
         found.append(Published(**figure))
     return tuple(found)
+
+
+def _held_back(value: Any, where: str) -> HeldBack:
+    known = tuple(f.name for f in fields(HeldBack))
+    if not isinstance(value, Mapping):
+        raise BadInput(f"{where}: what is held back is written as a table, [held_back].")
+    for key in value:
+        if key not in known:
+            raise BadInput(f"{where}: held_back has no key {key!r}; {nearest(key, known)}.")
+    drawn = []
+    choices = value.get("choices", {})
+    if not isinstance(choices, Mapping):
+        raise BadInput(f"{where}: choices are written as {{ attack = {{ field = [values] }} }}.")
+    for attack, by_field in choices.items():
+        if not isinstance(by_field, Mapping):
+            raise BadInput(f"{where}: choices of {attack} are written as {{ field = [values] }}.")
+        for field, values in by_field.items():
+            plain = isinstance(values, list) and all(
+                isinstance(each, str | int | float) for each in values
+            )
+            if not plain or not values:
+                raise BadInput(f"{where}: choices of {attack}: {field} must be a list of values.")
+            drawn.append((attack, field, tuple(values)))
+    return HeldBack(
+        _typed("commitment", value.get("commitment", ""), "str", where),
+        _typed("draws", value.get("draws", []), "tuple[str, ...]", where),
+        tuple(drawn),
+    )
 
 
 def _typed(key: str, value: Any, kind: str, where: str) -> Any:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arena import submit_cli
 from arena.core.registry import BadInput, nearest, split_spec
 from arena.leaderboard_cli import DataDirOption, JsonOption, StoreOption
 from arena.leaderboard_cli import app as leaderboard_app
@@ -373,6 +374,9 @@ def _device(name: str) -> str:
         if index and int(index) >= count:
             raise BadInput(f"--device {name}: the last of {count} GPUs is cuda:{count - 1}.")
     return name
+
+
+submit_cli.mount(app, leaderboard_app, _device)
 
 
 @contextmanager

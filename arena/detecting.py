@@ -128,7 +128,7 @@ def detect(
         for method in built
         for level in question.levels
     }
-    sets, truth = _sets(inputs, question, seed)
+    sets, truth = mixed(inputs, question, seed)
     _, scores = ask(
         inputs.subject,
         "detect",
@@ -192,7 +192,7 @@ def _true_ratio(size: int, ratio: float) -> float:
     return stamped / clean
 
 
-def _sets(
+def mixed(
     inputs: Inputs, question: Question, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mixed inputs by name, and which of them are stamped."""

@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -41,11 +40,13 @@ from arena.core.registry import (
     BadInput,
     attacks,
     code_hash,
+    files_of,
     nearest,
     registry_of,
     short_spec,
     spec_of,
     split_spec,
+    stranger_of,
 )
 from arena.core.seeding import stream
 from arena.core.whole import share_refusal
@@ -138,8 +139,8 @@ class Plan:
 
 
 def method_identity(instance: Any) -> dict[str, Any]:
-    """What makes a method's results: full spec, code, the content of files and folders that it
-    names, and the same of the methods that it wraps."""
+    """What makes a method's results: full spec, code (of a stranger also the sha256 of the file),
+    the content of files and folders that it names, and the same of the methods that it wraps."""
     files: dict[str, Any] = {}
     wrapped: dict[str, Any] = {}
     for f in dataclasses.fields(instance):
@@ -159,6 +160,8 @@ def method_identity(instance: Any) -> dict[str, Any]:
     for name, inner in getattr(instance, "wraps", {}).items():
         wrapped[name] = method_identity(inner)
     found = {"spec": spec_of(instance), "code": code_hash(type(instance).__module__)}
+    if (path := stranger_of(instance)) is not None:
+        found["file"] = file_sha256(path)
     return found | ({"files": files} if files else {}) | ({"wrapped": wrapped} if wrapped else {})
 
 
@@ -175,11 +178,10 @@ def method_files(instance: Any) -> list[str]:
             found += method_files(registry_of(kind).build(value))
     for inner in getattr(instance, "wraps", {}).values():
         found += method_files(inner)
-    if _is_foreign(instance):
-        top, dot, _ = type(instance).__module__.partition(".")
-        file = getattr(sys.modules.get(top if dot else type(instance).__module__), "__file__", None)
-        if file is not None:
-            found.append(str(Path(file).parent if dot else file))
+    found += files_of(instance)
+    if (file := stranger_of(instance)) is not None and str(file) not in found:
+        depth = type(instance).__module__.count(".")
+        found.append(str(file.parents[depth - 1] if depth else file))  # its whole package
     return sorted(set(found))
 
 
@@ -614,6 +616,7 @@ class Runner:
             "train": dict(setting.dataset.files["train"]),
             "scratch": str(scratch / "checkpoints"),
             "method_files": method_files(victim.attack),
+            "registered": files_of(victim.attack),
         }
         started = _now()
         test_files = dict(setting.dataset.files["test"])
@@ -661,7 +664,9 @@ class Runner:
                 **self._job("measure", victim, device, _fresh_folder(folder)),
                 "weights": str(kept / "weights.safetensors"),
                 "test": test_files,
-                **self._triggered(victim, kept / "triggered.safetensors" if stamped else None),
+                **self._triggered(
+                    victim, kept / "triggered.safetensors" if stamped else None, scratch
+                ),
                 "probes": str(kept / "probes.safetensors") if stamped else None,
                 "twin": self._twin_weights(victim) if stamped else None,
             },
@@ -702,15 +707,15 @@ class Runner:
         save_tensors(kept / "weights.safetensors", trained)
         save_tensors(kept / "poisoned.safetensors", returned.poisoned(folder, setting.dataset))
 
-    def _triggered(self, task: Victim | Cell, triggered: Path | None) -> dict[str, Any]:
+    def _triggered(self, victim: Victim, triggered: Path | None, place: Path) -> dict[str, Any]:
         """Entries of a job that measures: the triggered images, and what the attacker wants of
-        them, so that the process that measures need not run the attack's code."""
+        them (a file in the folder `place`), so that the process that measures need not run the
+        attack's code."""
         if triggered is None:
             return {"triggered": None}
-        victim = task.victim if isinstance(task, Cell) else task
         attack, data = victim.attack, victim.setting.dataset
         y, classes = data.test.y, data.num_classes
-        labels = self.store.scratch(task.key) / "labels.safetensors"
+        labels = place / "labels.safetensors"
         save_tensors(
             labels,
             {
@@ -807,6 +812,7 @@ class Runner:
                 "weights": str(folder / "victim.safetensors"),
                 "clean": str(folder / "clean.safetensors"),
                 "method_files": method_files(cell.defense),
+                "registered": files_of(cell.defense),
             },
             cell.name,
             timeout=self.plan.board.timeout,
@@ -816,16 +822,7 @@ class Runner:
         _fresh_folder(folder)  # of all that the method left there
         repaired = folder.parent / "repaired.safetensors"
         save_tensors(repaired, weights)
-        stamped = artifact.meta["result"]["stamped"]
-        measured = self._guarded(
-            {
-                **self._job("measure", victim, device, folder),
-                "weights": str(repaired),
-                "test": dict(setting.dataset.files["test"]),
-                **self._triggered(cell, artifact.path("triggered") if stamped else None),
-            },
-            cell.name,
-        )
+        measured = self._scored(cell, artifact, repaired, folder, device)
         kept = self.store.save(
             cell.key,
             {"weights": weights, "predictions": load_tensors(folder / "predictions.safetensors")},
@@ -844,6 +841,41 @@ class Runner:
                 for name in ("hardware", "versions", "commit", "isolation")
             },
         }
+
+    def _scored(
+        self, cell: Cell, artifact: Artifact, weights: Path, folder: Path, device: str
+    ) -> dict[str, Any]:
+        """What the referee measures of a repaired model. folder: the job's; the weights lie beside
+        it, in the folder above."""
+        victim = cell.victim
+        triggered = artifact.path("triggered") if artifact.meta["result"]["stamped"] else None
+        return self._guarded(
+            {
+                **self._job("measure", victim, device, folder),
+                "weights": str(weights),
+                "test": dict(victim.setting.dataset.files["test"]),
+                **self._triggered(victim, triggered, folder.parent),
+            },
+            cell.name,
+        )
+
+    def scored_again(self, cell: Cell, device: str) -> dict[str, Any] | None:
+        """The metrics of a cell, measured once more from the weights that the store keeps, and the
+        hashes of these weights; None where it keeps none. Raises Failed."""
+        artifact, kept = self.store.artifact(cell.victim.key), self.store.artifact(cell.key)
+        if artifact is None or kept is None:
+            return None
+        key = digest(["scored again", cell.key])
+        folder = _fresh_folder(self.store.scratch(key) / "job")
+        try:
+            measured = self._scored(cell, artifact, kept.path("weights"), folder, device)
+        finally:
+            self.store.clear_scratch(key)
+        hashes = {"before": artifact.sha256("weights"), "after": kept.sha256("weights")}
+        before = artifact.meta["measured"]["metrics"]
+        figures = {name: measured["metrics"].get(name) for name in ("acc", "asr", "ra")}
+        figures |= {f"{name}_before": before.get(name) for name in ("acc", "asr", "ra")}
+        return {"metrics": figures, "weights": hashes}
 
     def _judged(
         self, cell: Cell, artifact: Artifact, measured: Mapping[str, Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +21,12 @@ from arena import data as datasets
 from arena.core import foreign, models, training
 from arena.core.models import Classifier
 from arena.core.progress import report
-from arena.core.registry import BadInput, defenses, split_spec
+from arena.core.registry import BadInput, defenses, files_of, split_spec
 from arena.core.seeding import stream
 from arena.data import Dataset, unlabelled
 from arena.referee import isolate, returned
 from arena.referee.answers import check_answer
+from arena.referee.sandbox import Limits
 from arena.runner import method_files
 from arena.store import Store, load_tensors, save_tensors
 from arena.store import digest as json_digest
@@ -153,10 +154,12 @@ def ask(
     clean_share: float,
     device: str,
     sets: Mapping[str, Tensor] | None = None,
+    limits: Limits | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Do a worker's job about a model, with the clean set that a defense of its cell would get.
 
     kind, question: the job and its own settings (`arena.referee.worker`); sets: tensors for it.
+    limits: what it may use.
     Returns its answer and the tensors that it wrote (weights, where it repairs). Raises BadInput
     where it fails.
     """
@@ -183,7 +186,7 @@ def ask(
     for name, tensors in (parts | ({"sets": sets} if sets else {})).items():
         save_tensors(inputs / f"{name}.safetensors", tensors)
     specs = [question["spec"]] if "spec" in question else question.get("specs", ())
-    files = [file for spec in specs for file in _files(spec)]
+    files, registered = _files(specs)
     if foreign.is_foreign(subject.model.spec.name):
         files.append(foreign.file_of(subject.model.spec.name))
     job = {
@@ -199,6 +202,7 @@ def ask(
         "clean": str(inputs / "clean.safetensors"),
         "sets": str(inputs / "sets.safetensors"),
         "method_files": files,
+        "registered": registered,
         **question,
     }
     try:
@@ -206,6 +210,7 @@ def ask(
             job,
             logfile=place / f"{kind}.log",
             hidden=(store.root,),
+            limits=limits,
             on_event=lambda event: report(event["what"], event["done"], event["total"]),
         )
         check_answer(kind, answer)
@@ -222,17 +227,20 @@ def ask(
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _files(spec: str) -> list[str]:
-    """What the process of a defense must see; most bring nothing, and need not be imported here."""
-    name, values = split_spec(spec)
-    if name not in defenses.names():
-        return []
-    if defenses.describe(name).module.startswith("arena.") and not values:
-        return []
-    try:
-        return method_files(defenses.build(spec))
-    except Exception:  # its own process will say what is wrong with it
-        return []
+def _files(specs: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What the process of some defenses must see, and of that the files that it must register."""
+    seen, registered = [], []
+    for spec in specs:
+        try:
+            name, values = split_spec(spec)
+            if not values and not defenses.is_strange(name):  # most bring nothing
+                continue
+            method = defenses.build(spec)
+            seen += method_files(method)
+            registered += files_of(method)
+        except Exception:  # its own process will say what is wrong with it
+            continue
+    return seen, registered
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -292,7 +292,7 @@ def test_methods_of_other_packages_come_by_entry_points(tmp_path, monkeypatch):
     assert found.describe("outside_toy").fields[0].default == 0.1
 
 
-def test_an_entry_point_cannot_take_an_existing_name(tmp_path, monkeypatch):
+def test_an_entry_point_cannot_take_an_existing_name(tmp_path, monkeypatch, caplog):
     package = tmp_path / "outside_package"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -300,8 +300,12 @@ def test_an_entry_point_cannot_take_an_existing_name(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("patch", "outside_package.patch", "arena.attacks")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    with pytest.raises(BadInput, match=r"'patch' of outside_package\.patch has the name"):
-        Registry("attack", "arena.attacks", "arena.attacks").names()
+    found = Registry("attack", "arena.attacks", "arena.attacks")
+    assert found.build("patch:size=3").method_name == "patch"  # the arena's own
+    assert found.describe("patch").module == "arena.attacks.patch"
+    [told] = [record.getMessage() for record in caplog.records]
+    assert "'patch' of outside_package.patch is left out: there is another attack" in told
+    assert "outside_package" not in sys.modules
 
 
 # ------------------------------------------------------------------------------------------ code

@@ -4,6 +4,10 @@ A method is one file: its name is the file's name, its hyper-parameters are the 
 frozen dataclass. `catalogue` reads files without importing them (no torch), so that listing is
 instant; `build` imports the one file that is asked for.
 
+Code of strangers (entry points of other packages, files that are registered with `add_file`) is
+imported by workers only. Everywhere else `build` gives a stand-in, made from what the file says:
+its fields and its literal class attributes, and no code.
+
 A spec string is `name` or `name:field=value,field=value`; a value that holds commas (the spec of
 another method, say) is put in parentheses: `sdrm:base=(wanet:s=0.5,k=4),lam=0.3`.
 """
@@ -16,16 +20,21 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import logging
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
+log = logging.getLogger("arena")
 T = TypeVar("T")
 
 POWERS = {  # what a class can do, by the method that it has
@@ -35,6 +44,14 @@ POWERS = {  # what a class can do, by the method that it has
     "scan": "scans",
     "score": "detects",
 }
+
+FILE_ROOM = "method_file_"  # the package that a registered file's module pretends to be in
+READ_BY_REFEREE = ("target", "victim", "mode", "keeps_labels", "labels", "threat", "needs_share")
+_FIELD_TYPES: dict[str, Any] = {
+    "int": int, "float": float, "str": str, "bool": bool, "None": type(None),
+}  # fmt: skip
+_strangers: dict[str, Path] = {}  # modules that are never imported here -> their files
+_importing: ContextVar[bool] = ContextVar("strangers are imported", default=False)
 
 _SHORTER = {"smoke": ("smoke", "fast"), "fast": ("fast",)}  # whose values hold, the nearest first
 
@@ -335,30 +352,69 @@ class Registry:
 
     def __init__(self, kind: str, package: str, group: str) -> None:
         self.kind, self.package, self.group = kind, package, group
+        self._added: dict[str, tuple[str, Path]] = {}
 
     @cache  # noqa: B019 - two registries live as long as the program
     def _files(self) -> dict[str, tuple[str, Path]]:
-        """name -> (module, file); nothing is imported."""
+        """name -> (module, file); nothing is imported. A package that cannot be used is told of
+        once and left out: it takes nothing away from the others."""
         folder = Path(__file__).parents[1] / self.package.rpartition(".")[2]
         found = {
             path.stem: (f"{self.package}.{path.stem}", path)
             for path in sorted(folder.glob("*.py"))
             if not path.stem.startswith("_")
         }
-        for point in entry_points(group=self.group):
-            spec = importlib.util.find_spec(point.module)
-            if spec is None or spec.origin is None:
-                continue
+        for point in _points(self.group):
             name = point.module.rpartition(".")[2]
-            if name in found:
-                raise BadInput(
-                    f"{self.kind} {name!r} of {point.module} has the name of an existing one."
+            try:
+                path = _origin(point.module)
+                if path is None:
+                    raise BadInput("its file cannot be found")
+                if name in found:
+                    raise BadInput(f"there is another {self.kind} of that name")
+                _stand_in(_read(name, self.kind, point.module, path))
+            except Exception as error:  # whatever is wrong with somebody's file
+                distribution = getattr(point, "dist", None)
+                package = "" if distribution is None else f" (package {distribution.name})"
+                log.warning(
+                    "The %s %r of %s%s is left out: %s.",
+                    self.kind,
+                    name,
+                    point.module,
+                    package,
+                    (str(error) or type(error).__name__).rstrip("."),
                 )
-            found[name] = (point.module, Path(spec.origin))
+                continue
+            found[name] = (point.module, path)
+            _strangers[point.module] = path
         return found
 
+    def add_file(self, path: Path) -> Method:
+        """Make a file outside the package a method under its own name; nothing is imported.
+
+        Raises BadInput where it is no method, or has the name of one of the arena's.
+        """
+        name, content = path.stem, read_method_file(path)
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
+            raise BadInput(
+                f"{name!r} is no name for a method: a small letter, then small letters, digits "
+                "and '_', 40 at most."
+            )
+        if (known := self._files().get(name)) and known[0].startswith(f"{self.package}."):
+            raise BadInput(f"{self.kind} {name!r} is one of the arena's; name the file otherwise.")
+        module = f"{FILE_ROOM}{hashlib.sha256(content).hexdigest()[:16]}.{name}"
+        described = _read(name, self.kind, module, path)
+        _strangers[module] = path
+        _stand_in(described)()  # its defaults lie in their ranges
+        self._added[name] = (module, path)
+        return described
+
+    def is_strange(self, name: str) -> bool:
+        """Whether the method's code is somebody else's."""
+        return not self._locate(name)[0].startswith(f"{self.package}.")
+
     def names(self) -> list[str]:
-        return list(self._files())
+        return list(self._files() | self._added)
 
     def describe(self, name: str) -> Method:
         """Read a method's file: docstring, fields, powers. Raises BadInput for unknown names."""
@@ -370,8 +426,11 @@ class Registry:
 
     def load(self, name: str) -> type[Any]:
         """Import the method's file and return its class."""
-        module_name, _ = self._locate(name)
-        module = importlib.import_module(module_name)
+        module_name, path = self._locate(name)
+        if module_name.startswith(FILE_ROOM):
+            module = _imported(module_name, path)
+        else:
+            module = importlib.import_module(module_name)
         found = [
             value
             for value in vars(module).values()
@@ -391,7 +450,8 @@ class Registry:
         """
         name, values = split_spec(text)
         described = self.describe(name)
-        cls = self.load(name)
+        strange = self.is_strange(name) and not _importing.get()
+        cls = _stand_in(described) if strange else self.load(name)
         hints = typing.get_type_hints(cls)
         known = [field.name for field in described.fields]
         for key in values:
@@ -404,7 +464,7 @@ class Registry:
         return cls(**{**_shortened(described.fields, recipe), **parsed})
 
     def _locate(self, name: str) -> tuple[str, Path]:
-        files = self._files()
+        files = self._files() | self._added
         if name not in files:
             raise BadInput(f"There is no {self.kind} {name!r}; {nearest(name, files)}.")
         return files[name]
@@ -425,36 +485,216 @@ def registry_of(kind: str) -> Registry:
     return {"attack": attacks, "defense": defenses}[kind]
 
 
+# ---------------------------------------------------------------------------------------- strangers
+
+
+@contextmanager
+def strangers_imported() -> Iterator[None]:
+    """Inside, strangers' code is imported: in workers, and where a user runs methods himself."""
+    before = _importing.set(True)
+    try:
+        yield
+    finally:
+        _importing.reset(before)
+
+
+def import_strangers() -> None:
+    """From now on, for the rest of this process."""
+    _importing.set(True)
+
+
+def files_of(instance: Any) -> list[str]:
+    """The registered files that a worker needs to build `instance` and what it wraps."""
+    module = type(instance).__module__
+    found = [str(_strangers[module])] if module.startswith(FILE_ROOM) else []
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if (kind := field.metadata.get("spec")) and value:
+            found += files_of(registry_of(kind).build(value))
+    return found
+
+
+def stranger_of(instance: Any) -> Path | None:
+    """The file of a method that is not the arena's own; None for the arena's."""
+    return _strangers.get(type(instance).__module__)
+
+
+def add_files(paths: Iterable[str]) -> None:
+    """Register each file with the kind of method that it holds. Raises BadInput."""
+    for path in map(Path, paths):
+        registry_of(kind_of(path)).add_file(path)
+
+
+def kind_of(path: Path) -> str:
+    """attack or defense, by what the class in the file can do. Raises BadInput."""
+    powers = _read(path.stem, "", f"{FILE_ROOM}.{path.stem}", path, read_method_file(path)).powers
+    return "attack" if {POWERS["poison"], POWERS["train"]} & set(powers) else "defense"
+
+
+def read_method_file(path: Path) -> bytes:
+    """The content of a method's file. Raises BadInput."""
+    if path.suffix != ".py":
+        raise BadInput(f"{str(path)!r} is no method: a Python file (.py) is wanted.")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadInput(f"There is no file {str(path)!r}.") from error
+    except OSError as error:
+        raise BadInput(f"{str(path)!r} cannot be read ({error.strerror}).") from error
+
+
+def _points(group: str) -> list[Any]:
+    try:
+        return list(entry_points(group=group))
+    except Exception as error:  # a damaged installation of whatever package
+        log.warning("No packages are asked for %s: %s.", group, error)
+        return []
+
+
+def _origin(module: str) -> Path | None:
+    """A module's file; no package on the way to it is imported, as `find_spec` would."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin else None
+    for folder in spec.submodule_search_locations or ():
+        if (path := Path(folder, *rest).with_suffix(".py")).is_file():
+            return path
+    return None
+
+
+def _imported(module: str, path: Path) -> types.ModuleType:
+    """A registered file as a module."""
+    if module in sys.modules:
+        return sys.modules[module]
+    spec = importlib.util.spec_from_file_location(module, path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[module] = made  # dataclasses look their own module up
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[module]
+        raise
+    return made
+
+
+_stand_ins: dict[tuple[str, str], type[Any]] = {}  # equal instances need one class
+
+
+def _stand_in(described: Method) -> type[Any]:
+    """A class with the method's fields and traits and none of its code. Raises BadInput."""
+    if (known := _stand_ins.get((described.module, described.path))) is not None:
+        return known
+    fields = []
+    for each in described.fields:
+        settings = {
+            name: getattr(each, name)
+            for name in ("low", "high", "above", "choices", "path", "folder", "spec", "under")
+        }
+        hint = _field_type(each.type, f"{described.name}: {each.name}")
+        fields.append((each.name, hint, param(each.default, each.doc, **settings)))
+    powers = {
+        name: _only_in_workers(described.name)
+        for name, power in POWERS.items()
+        if power in described.powers
+    }
+    traits = {name: value for name, value in described.traits.items() if name in READ_BY_REFEREE}
+    own: dict[str, Any] = {**traits, **powers, "__post_init__": validate}
+    if described.kind == "attack":
+        own |= {"check": _check_classes, "prepare": _only_in_workers(described.name)}
+    made = dataclasses.make_dataclass(described.name, fields, namespace=own, frozen=True)
+    made.__module__ = described.module
+    made.method_name = described.name  # type: ignore[attr-defined]
+    _stand_ins[described.module, described.path] = made
+    return made
+
+
+def _field_type(text: str, where: str) -> Any:
+    words = [word.strip() for word in text.split("|")]
+    if not all(word in _FIELD_TYPES for word in words) or set(words) == {"None"}:
+        raise BadInput(
+            f"{where} is annotated {text!r}; fields are int, float, str or bool, or one of these "
+            "or None (int | None)."
+        )
+    kinds = [_FIELD_TYPES[word] for word in words]
+    return typing.Union[tuple(kinds)] if len(kinds) > 1 else kinds[0]  # noqa: UP007
+
+
+def _only_in_workers(name: str) -> Any:
+    def refuse(self: Any, *_: Any) -> Any:
+        raise BadInput(f"{name} is not the arena's own: it runs in a process of its own only.")
+
+    return refuse
+
+
+def _check_classes(self: Any, shape: tuple[int, int, int], counts: Sequence[int]) -> None:
+    from arena.core.poisoning import check_classes
+
+    check_classes(self, counts)
+
+
 @cache
-def _read(name: str, kind: str, module: str, path: Path) -> Method:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def _read(name: str, kind: str, module: str, path: Path, content: bytes | None = None) -> Method:
+    try:
+        tree = ast.parse(path.read_bytes() if content is None else content)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        told = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise BadInput(f"{str(path)!r} is no Python{line}: {told}.") from error
     doc = ast.get_docstring(tree) or ""
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and any(
-            ast.unparse(mark).rpartition(".")[2] == "method" for mark in node.decorator_list
-        ):
-            break
-    else:
+    marked = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(mark).rpartition(".")[2] == "method" for mark in node.decorator_list)
+    ]
+    if not marked:
         raise BadInput(f"{path} holds no class marked @method.")
+    if len(marked) > 1:
+        raise BadInput(f"{path} holds {len(marked)} classes marked @method; one is wanted.")
+    [node] = marked
     fields, traits, powers = [], {}, []
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             if ast.unparse(item.annotation).startswith("ClassVar"):
-                traits[item.target.id] = ast.literal_eval(item.value) if item.value else None
+                traits[item.target.id] = (
+                    _literal(item.value, f"{name}: {item.target.id}") if item.value else None
+                )
             elif item.value is not None:
-                fields.append(_read_field(item.target.id, item.annotation, item.value))
+                fields.append(_read_field(item.target.id, item.annotation, item.value, name))
+            else:
+                raise BadInput(f"{name}: {item.target.id} has no default; every field needs one.")
         elif isinstance(item, ast.FunctionDef) and item.name in POWERS:
             powers.append(POWERS[item.name])
     return Method(name, kind, module, str(path), doc, tuple(fields), tuple(powers), traits)
 
 
-def _read_field(name: str, annotation: ast.expr, value: ast.expr) -> Field:
-    kind = ast.unparse(annotation)
+def _read_field(name: str, annotation: ast.expr, value: ast.expr, of: str) -> Field:
+    kind, where = ast.unparse(annotation), f"{of}: {name}"
     if not (isinstance(value, ast.Call) and ast.unparse(value.func).endswith("param")):
-        return Field(name, kind, ast.literal_eval(value), "")
-    settings = {k.arg: ast.literal_eval(k.value) for k in value.keywords if k.arg}
-    default, doc = (ast.literal_eval(argument) for argument in value.args)
-    return Field(name, kind, default, doc, **settings)
+        return Field(name, kind, _literal(value, where), "")
+    known = {field.name for field in dataclasses.fields(Field)} - {"name", "type"}
+    settings = {k.arg: _literal(k.value, where) for k in value.keywords if k.arg}
+    given = [_literal(argument, where) for argument in value.args]
+    settings = {**dict(zip(("default", "doc"), given, strict=False)), **settings}
+    if len(given) > 2 or set(settings) - known or not {"default", "doc"} <= set(settings):
+        raise BadInput(f"{where} is not param(default, doc, low=…, high=…), see `param`.")
+    return Field(name, kind, **settings)
+
+
+def _literal(value: ast.expr, where: str) -> Any:
+    """The value that stands there, without running anything. Raises BadInput."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise BadInput(
+            f"{where} must be given as a literal (0.1, 3, 'word', None), not "
+            f"{ast.unparse(value)[:60]!r}: it is read without running the file."
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------ code
@@ -478,11 +718,25 @@ def code_hash(*modules: str) -> str:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         seen[name] = ast.unparse(_without_docstrings(tree))
         todo += _arena_imports(tree)
+        if name in _strangers and "." in name and not name.startswith(FILE_ROOM):
+            for part, text in _package_code(name, path).items():
+                seen[part] = text  # whatever of its own package it may import
     body = "\n".join(f"{name} {seen[name]}" for name in sorted(seen))
     return hashlib.sha256(body.encode()).hexdigest()
 
 
+def _package_code(module: str, path: Path) -> dict[str, str]:
+    """All Python files of the package that a stranger's method lies in."""
+    root = path.parents[module.count(".") - 1]
+    return {
+        str(file.relative_to(root.parent)): file.read_text(encoding="utf-8", errors="replace")
+        for file in sorted(root.rglob("*.py"))
+    }
+
+
 def _file_of(module: str) -> Path | None:
+    if module in _strangers:
+        return _strangers[module]
     loaded = sys.modules.get(module)
     origin = getattr(loaded, "__file__", None)
     if origin is None:

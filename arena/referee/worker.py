@@ -26,13 +26,14 @@ from arena.core.measures import measures
 from arena.core.mmd import mmd_report
 from arena.core.progress import report
 from arena.core.recipes import recipe_for
-from arena.core.registry import BadInput, attacks, defenses
+from arena.core.registry import BadInput, add_files, attacks, defenses, import_strangers
 from arena.core.seeding import stream
 from arena.core.triggers import tensors_of
 from arena.core.victims import bound
 from arena.core.whole import share_refusal
 from arena.referee.isolate import Line, Refused, explain
 from arena.referee.keeping import FileCheckpoint, LineKeeper
+from arena.referee.trial import trial
 from arena.store import load_tensors, save_tensors
 
 Job = Mapping[str, Any]
@@ -339,6 +340,9 @@ def _network(job: Job, weights: str) -> models.Classifier:
 
 
 def _start(job: Job) -> torch.device:
+    add_files(job.get("registered", ()))
+    if job["job"] not in _REFEREE:  # there methods are described, and none of them runs
+        import_strangers()
     torch.set_num_threads(int(job["threads"]))
     device = torch.device(job["device"])
     if device.type == "cuda":
@@ -381,4 +385,5 @@ JOBS: dict[str, Callable[[Job, Line], dict[str, Any]]] = {
     "detect": detect,
     "measure": measure,
     "examine": examine,
+    "trial": lambda job, line: trial(job, _start(job), lambda path: _network(job, path)),
 }

@@ -1,0 +1,1 @@
+"""Methods of strangers: checked, run on a board, written on a card, verified, entered."""
