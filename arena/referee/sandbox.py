@@ -167,7 +167,8 @@ def view_of(
 
     files: the job's keys that name input files: a path, or name -> path; None is left as it is.
     `folder` and `scratch` may be written. The files and folders of `method_files` are seen under
-    their own paths, and a file of Python code can be imported.
+    their own paths, and a file of Python code can be imported; those of `registered` keep their
+    last name alone.
     """
     view, told = View(gpu=str(job.get("device", "cpu")).startswith("cuda")), dict(job)
     for key in ("folder", "scratch"):
@@ -187,7 +188,13 @@ def view_of(
             # a part of an attempt that came to nothing may be named and not be there
             if os.path.exists(given):
                 view.reads.append((os.path.realpath(given), told[key]))
-    view.reads += [(os.path.realpath(p), os.path.abspath(p)) for p in job.get("method_files", ())]
+    registered = list(job.get("registered", ()))  # may lie where everything else is hidden
+    told["registered"] = [
+        f"{INSIDE}/methods/{place}/{Path(path).name}" for place, path in enumerate(registered)
+    ]
+    view.reads += zip(map(os.path.realpath, registered), told["registered"], strict=True)
+    told["method_files"] = [p for p in job.get("method_files", ()) if p not in registered]
+    view.reads += [(os.path.realpath(p), os.path.abspath(p)) for p in told["method_files"]]
     view.hidden += [os.path.realpath(path) for path in hidden]
     return view, told
 
