@@ -411,7 +411,16 @@ def test_a_range_that_is_not_kept_is_found(tmp_path: Path) -> None:
                                     ("m:n=10", False)]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["attack", "detector"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "attack",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("defense", "scanner", "detector")
+        ),
+    ],
+)
 def test_what_arena_new_writes_passes_the_check(kind: str, here: Path) -> None:
     done = arena("submit", "check", f"own_{kind}.py", "--json")
     assert done.code == 0, done.out + done.err
