@@ -11,6 +11,7 @@ import pytest
 from test_cli import arena, assert_refused
 from test_report import PICTURES, Reader, board, record
 
+from arena.core.metric_list import METRICS
 from arena.core.registry import BadInput
 from arena.report import rating, tables
 from arena.report.changes import as_text, changes
@@ -30,6 +31,11 @@ from arena.report.statistics import holm, paired_p, smallest_p
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted((ROOT / "leaderboards").glob("*/results.json"))
 HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rating, "RESAMPLES", 20)  # as wide as 200 for what is asked here
 
 
 def rows_of(records: list[dict]) -> list[dict]:
@@ -263,6 +269,18 @@ def test_a_site_of_published_boards(tmp_path: Path) -> None:
     assert "every cell" in index.lower()
     wrong = arena("leaderboard", "build", "toi", "--published", tmp_path / "boards")
     assert_refused(wrong, "'toi'", "'toy'")
+
+
+def test_a_board_of_a_site_can_be_published_as_it_is(tmp_path: Path) -> None:
+    metrics = [metric._asdict() for metric in METRICS]
+    made = Board("toy", board(), "A toy", pictures=PICTURES, metrics=metrics)
+    write_site([made], tmp_path / "site")
+    folder = tmp_path / "site/toy"
+    assert faults(folder) == []
+    read = read_published(folder)
+    assert read.pictures == PICTURES
+    assert dict(read.facts)["Hardware"] == ["device cpu"]
+    assert [flatten(row) for row in read.records] == tables.current(rows_of(board()))
 
 
 def test_two_cards_for_one_cell_are_shown_once_and_told(tmp_path: Path) -> None:
