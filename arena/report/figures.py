@@ -348,7 +348,7 @@ def curves(losses: Mapping[str, Sequence[tuple[float, float]]]) -> Drawing:
                 *zip(*line, strict=True),
                 style,
                 color=SEVERAL[k % len(SEVERAL)],
-                label=_short(name),
+                label=_short(name, 44),
                 marker=".",
             )
         axes.set_xlabel("epoch")

@@ -134,7 +134,7 @@ def build_page(
     return render_page(
         "page.html.j2",
         title=tables.clean_text(title),
-        facts=_merged(_facts(chosen, rows, command), extras.facts),
+        facts=merged_facts(_facts(chosen, rows, command), extras.facts),
         sections=_sections(rows, published),
         no_null=not any(row["null"] for row in rows),
         averaged=tables.AVERAGED,
@@ -499,11 +499,11 @@ def _facts(records: list[Record], rows: list[Row], command: str) -> list[tuple[s
     ]
 
 
-def _merged(
-    facts: list[tuple[str, list[str]]], published: Sequence[tuple[str, Sequence[str]]]
+def merged_facts(
+    facts: Sequence[tuple[str, Sequence[str]]], published: Sequence[tuple[str, Sequence[str]]]
 ) -> list[tuple[str, list[str]]]:
     """Facts with what was published beside the rows; where both tell something, all of it."""
-    merged = dict(facts)
+    merged = {name: list(values) for name, values in facts}
     for name, values in published:
         clean = [tables.clean_text(value) for value in values]
         merged[name] = list(dict.fromkeys([*merged.get(name, []), *clean]))
@@ -541,6 +541,16 @@ def citation(title: str, rows: Iterable[Row]) -> Citation:
         ),
         sha256=sha,
     )
+
+
+def lasting_facts(records: Iterable[Record]) -> list[tuple[str, list[str]]]:
+    """The facts that records tell and published rows do not: what about.json keeps."""
+    chosen = _unique(records)
+    facts = _facts(chosen, [flatten(record) for record in chosen], "")
+    return [(name, values) for name, values in facts if name in _LASTING]
+
+
+_LASTING = ("Data", "Measures", "Run", "Hardware", "Versions")
 
 
 def _named(name: str, fingerprint: str) -> str:

@@ -35,6 +35,8 @@ from .page import (
     Extras,
     Figures,
     citation,
+    lasting_facts,
+    merged_facts,
     render_page,
     table_files,
     write_files,
@@ -272,8 +274,8 @@ def published_files(board: Board) -> dict[str, str]:
 
 
 def write_board(board: Board, folder: Path | str, exports: bool = True) -> list[Path]:
-    """A board's page with its tables, figures and rating. A board without rows gets a page that
-    says so. `exports` writes each table in four formats, for pages that are part of a site."""
+    """A board's page with its tables, figures, rating and about.json; one that says so where there
+    are no rows. `exports` writes each table in four formats, for pages that are part of a site."""
     if not board.records:
         text = render_page("site.html.j2", title=board.title or TITLE, **_nothing(board))
         return write_files(folder, {"index.html": text})
@@ -288,7 +290,7 @@ def write_board(board: Board, folder: Path | str, exports: bool = True) -> list[
         facts=board.facts,
         exports=exports,
     )
-    return write_leaderboard(
+    written = write_leaderboard(
         board.records,
         board.pictures,
         folder,
@@ -298,6 +300,8 @@ def write_board(board: Board, folder: Path | str, exports: bool = True) -> list[
         board.published,
         extras,
     )
+    facts = merged_facts(lasting_facts(board.records), board.facts)
+    return [*written, *write_files(folder, {"about.json": about_file(replace(board, facts=facts))})]
 
 
 def _nothing(board: Board) -> dict[str, Any]:

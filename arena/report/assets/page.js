@@ -133,7 +133,7 @@ function explore(data) {
   // widths come from the words, not from measuring cells: nothing shifts, and it is quick
   const room = (field, least) => {
     const longest = runs.reduce((most, run) => Math.max(most, run[field].length), 0);
-    return Math.min(Math.max(least, 40 + 7.3 * longest), innerWidth > 700 ? 280 : 190);
+    return Math.min(Math.max(least, 40 + 7.3 * longest), innerWidth > 700 ? 280 : 128);
   };
   const word = (field, title, width, more = {}) => ({
     field, title, titleFormatter: head(title), formatter: text, width: room(field, width),
@@ -160,8 +160,8 @@ function explore(data) {
     figure("distance", "distance", value => plain(value, 2)),
     figure("distance_gain", "gain %", percent), figure("robust_acc", "robust ACC %", percent, 140),
     figure("seconds", "seconds", value => plain(value, 1), 120),
-    { ...figure("n", "seeds", value => String(value), 70), field: "n" },
-    { ...figure("seed", "seed", value => value === null ? "–" : String(value), 70) },
+    { ...figure("n", "seeds", value => String(value), 88), field: "n" },
+    { ...figure("seed", "seed", value => value === null ? "–" : String(value), 88) },
     word("status", "status", 130),
     word("board", "board", 130), word("dataset", "data set", 110), word("model", "model", 100),
     word("recipe", "recipe", 80), word("threat", "threat model", 130),
