@@ -521,7 +521,7 @@ class Runner:
             "model": setting.model,
             "classes": setting.dataset.num_classes,
             "shape": list(setting.dataset.shape),
-            "method_files": files_of(victim.attack) if kind in ("attack", "measure") else [],
+            **(_method_files(victim.attack) if kind in ("attack", "measure") else {}),
         }
 
     def _run(self, job: dict[str, Any], name: str, **options: Any) -> dict[str, Any]:
@@ -671,7 +671,7 @@ class Runner:
         result = self._guarded(
             {
                 **self._job("repair", victim, device, folder),
-                "method_files": files_of(cell.defense),
+                **_method_files(cell.defense),
                 "spec": spec_of(cell.defense),
                 "weights": str(folder / "victim.safetensors"),
                 "clean": str(folder / "clean.safetensors"),
@@ -961,6 +961,12 @@ def _explained() -> Iterator[None]:
         raise
     except Exception as error:
         raise Failed("failed", isolate.explain(error), traceback.format_exc()[-4000:]) from error
+
+
+def _method_files(method: Any) -> dict[str, list[str]]:
+    """What a job says of files outside the arena: nothing where it needs none."""
+    found = files_of(method)
+    return {"method_files": found} if found else {}
 
 
 def _needs(task: Victim | Cell) -> Iterable[str]:
