@@ -104,6 +104,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 "own_defense.card.json",
                 "--store",
                 "store",
+                "-s",
+                "1",
                 "--sample",
                 "1",
                 "--device",

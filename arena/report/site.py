@@ -44,7 +44,7 @@ from .page import (
 )
 from .rows import Row, flatten, measured_columns, unflatten
 
-COUNTED = ("reproduced", "verified", "broken")  # cards whose cells enter the tables
+COUNTED = ("reproduced", "broken")  # cards whose cells enter the tables
 PICTURES = ("clean", "triggered", "difference")
 
 
@@ -99,19 +99,18 @@ def read_published(folder: Path | str, entries: bool = True) -> Board:
     cards: list[Entry] = []
     notes: list[str] = []
     taken = {_cell(flatten(row)): "results.json" for row in rows}
-    for path in sorted((root / "entries").glob("*.json")) if entries else ():
-        entry, own = _card(path)
-        if entry.status.partition(" ")[0] in COUNTED:
+    for entry, own in _cards(root) if entries else ():
+        if entry.status in COUNTED:
             fresh = [row for row in own if _cell(flatten(row)) not in taken]
             if clash := len(own) - len(fresh):
                 others = {taken[c] for row in own if (c := _cell(flatten(row))) in taken}
                 said = f"{clash} cell{'s' * (clash > 1)} also in {', '.join(sorted(others))}"
                 entry = replace(entry, note=f"{said}; shown as there. {entry.note}".strip())
-                notes.append(f"{path.name}: {entry.note}")
-            taken |= {_cell(flatten(row)): path.name for row in fresh}
+                notes.append(f"{entry.file}: {entry.note}")
+            taken |= {_cell(flatten(row)): entry.file for row in fresh}
             rows += fresh
         elif own:
-            notes.append(f"{path.name} is {entry.status}: its cells enter no table.")
+            notes.append(f"{entry.file} is {entry.status}: its cells enter no table.")
         cards.append(entry)
     if not rows:
         notes.append("This board has no rows yet: there is nothing to rank.")
@@ -142,12 +141,7 @@ def faults(folder: Path) -> list[str]:
     try:
         board = read_published(folder)
         found = [note for note in board.notes if " also in " in note]
-        found += [
-            f"{folder.name}/entries/{entry.file}: the card is {entry.status}"
-            f"{'' if entry.signed == 'yes' else ' and not signed'}, not verified."
-            for entry in board.entries
-            if entry.status.partition(" ")[0] not in (*COUNTED, "withdrawn")
-        ]
+        found += _unverified(folder)
         if (folder / "results.json").is_file():
             for name, text in published_files(read_published(folder, entries=False)).items():
                 path = folder / name
@@ -159,6 +153,18 @@ def faults(folder: Path) -> list[str]:
     except BadInput as error:
         return [str(error)]
     return found
+
+
+def _unverified(folder: Path) -> list[str]:
+    """Entries that none of the board's verifiers has signed."""
+    from arena.boards import read_board
+    from arena.submissions import entries
+
+    if not (folder / "entries").is_dir():
+        return []
+    board = read_board(folder / "board.toml")
+    told = [(path, entries.unverified(value, board)) for path, value in entries.read_all(folder)]
+    return [f"{folder.name}/entries/{path.name}: {why}" for path, why in told if why]
 
 
 def about_file(board: Board) -> str:
@@ -211,33 +217,36 @@ def _rows(found: Any, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _card(path: Path) -> tuple[Entry, list[dict[str, Any]]]:
-    """A result card in words, and the records that it holds."""
-    card = _json(path, {})
-    if not isinstance(card, Mapping):
-        raise BadInput(f"{path} is no result card: it does not hold a JSON object.")
-    method = card.get("method")
-    method = method if isinstance(method, Mapping) else {"name": method}
-    rows = _rows(card.get("records") or [], path)
-    for row in rows:
-        row["card"] = path.name
-    entry = Entry(
-        method=tables.clean_text(method.get("name") or "unnamed"),
-        kind=tables.clean_text(method.get("kind") or ""),
-        spec=tables.clean_text(method.get("spec") or ""),
-        status=tables.clean_text(_status(card.get("status"))),
-        cells=len(rows),
-        signed="yes" if card.get("signature") else "no",
-        note=tables.clean_text(card.get("note") or ""),
-        file=path.name,
-    )
-    return entry, rows
+def _cards(folder: Path) -> list[tuple[Entry, list[dict[str, Any]]]]:
+    """The entries of a published board in words, and the records that they hold. Raises BadInput
+    for one that is none, or that was altered."""
+    from arena.submissions import entries
+    from arena.submissions.cards import Altered
 
-
-def _status(status: Any) -> str:
-    if isinstance(status, Mapping):
-        status = status.get("state") or status.get("status") or status.get("name")
-    return str(status or "claimed").replace("_", " ").lower()
+    try:
+        known = entries.read_all(folder)
+    except Altered as error:
+        raise BadInput(f"{folder.name}/entries: {error}") from error
+    found = []
+    for path, value in known:
+        card = value["card"]
+        state, why = entries.status(value, [other for _, other in known])
+        told = {name: card["board"][name] for name in ("name", "version")}
+        rows = _rows([{**cell, "board": told} for cell in card["cells"]], path)
+        for row in rows:
+            row["card"] = path.name
+        entry = Entry(
+            method=tables.clean_text(card["method"]["name"]),
+            kind=tables.clean_text(card["method"]["role"]),
+            spec=tables.clean_text(card["method"]["spec"]),
+            status=state,
+            cells=len(rows),
+            signed="yes" if card["signature"] else "no",
+            note=tables.clean_text(why),
+            file=path.name,
+        )
+        found.append((entry, rows))
+    return found
 
 
 def _cell(row: Row) -> tuple[Any, ...]:

@@ -53,12 +53,8 @@ def add(path: Path, boards: Path) -> Path:
     check_board(card, board, folder)
     if not verification["holds"]:
         raise BadInput("Not all of this card's figures hold, so it does not enter the board.")
-    key = cards.check_seal(verification, "verification")
-    if board.verifiers and key not in board.verifiers:
-        raise BadInput(
-            f"The board {board.name!r} lets in what one of its verifiers has signed; this "
-            f"verification is {'not signed' if key is None else f'signed by {key[:16]}'}."
-        )
+    if why := unverified({"verification": verification}, board):
+        raise BadInput(why)
     for known_path, known in read_all(folder):
         told = known["card"]["method"]
         if known["card"]["hash"] == card["hash"]:
@@ -79,6 +75,17 @@ def add(path: Path, boards: Path) -> Path:
     target = folder / "entries" / f"{card['method']['name']}-{card['hash'][:12]}.json"
     _write(target, entry)
     return target
+
+
+def unverified(entry: Mapping[str, Any], board: Board) -> str:
+    """Why an entry's verification does not count on the board, in a sentence; '' where it does."""
+    key = cards.check_seal(entry["verification"], "verification")
+    if not board.verifiers or key in board.verifiers:
+        return ""
+    return (
+        f"The board {board.name!r} lets in what one of its verifiers has signed; this verification "
+        f"is {'not signed' if key is None else f'signed by {key[:16]}'}."
+    )
 
 
 def withdraw(text: str, reason: str, boards: Path) -> Path:
