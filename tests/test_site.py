@@ -27,6 +27,7 @@ from arena.report.site import (
     write_site,
 )
 from arena.report.statistics import holm, paired_p, smallest_p
+from arena.submissions import entries
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted((ROOT / "leaderboards").glob("*/results.json"))
@@ -55,12 +56,31 @@ def publish(folder: Path, records: list[dict], **about: Any) -> Path:
 
 
 def card(folder: Path, name: str, records: list[dict], **changed: Any) -> Path:
+    """An entry that `short_entries` reads."""
     path = folder / "entries" / name
     path.parent.mkdir(exist_ok=True)
-    method = {"name": "mine", "kind": "defense", "spec": "mine:x=1", "code": "c0de"}
-    body = {"board": {"name": "toy", "version": 1}, "method": method, "records": records}
-    path.write_text(json.dumps(body | {"status": "reproduced", "signature": "s"} | changed))
+    method = {"name": "mine", "role": "repair", "spec": "mine:x=1"} | changed.pop("method", {})
+    board = {"name": "toy", "version": 1}
+    body = {"board": board, "method": method, "cells": records, "signature": {"public_key": "k"}}
+    state = changed.pop("status", "reproduced")
+    path.write_text(json.dumps({"card": body | changed, "state": state}))
     return path
+
+
+@pytest.fixture
+def short_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries need no verification here; those that have one are in test_submissions."""
+
+    def read_all(folder: Path) -> list[tuple[Path, dict]]:
+        paths = sorted((folder / "entries").glob("*.json"))
+        return [(path, json.loads(path.read_text())) for path in paths]
+
+    def unverified(entry: dict, board: object) -> str:
+        return "nobody has verified it." if entry["state"] == "claimed" else ""
+
+    monkeypatch.setattr(entries, "read_all", read_all)
+    monkeypatch.setattr(entries, "status", lambda entry, others: (entry["state"], ""))
+    monkeypatch.setattr(entries, "unverified", unverified)
 
 
 # ----------------------------------------------------------------------------------- statistics
@@ -227,22 +247,23 @@ def test_published_boards_hold_together(path: Path) -> None:
     assert all(set(COLUMNS) <= set(row) for row in json.loads(path.read_text()))
 
 
-def test_a_stale_table_and_an_unverified_card_are_faults(tmp_path: Path) -> None:
+def test_a_stale_table_and_an_unverified_card_are_faults(tmp_path: Path, short_entries: None) -> None:
     folder = publish(tmp_path / "toy", board())
     assert faults(folder) == []
     (folder / "leaderboard.md").write_text("92 % of everything")
     mine = record("patch", "mine", key="m")
+    (folder / "board.toml").write_text('name = "toy"\ndataset = ["signs"]\nmodel = ["cnn"]\n')
     card(folder, "a.json", [mine], status="claimed", signature=None)
     found = faults(folder)
     assert any("leaderboard.md is not what results.json makes" in fault for fault in found)
-    assert any("the card is claimed and not signed, not verified" in fault for fault in found)
+    assert "toy/entries/a.json: nobody has verified it." in found
     answer = arena("leaderboard", "check", tmp_path)
     assert answer.code == 1
     (folder / "entries/a.json").unlink()
     assert arena("leaderboard", "check", tmp_path, "--fix").code == 0
 
 
-def test_a_site_of_published_boards(tmp_path: Path) -> None:
+def test_a_site_of_published_boards(tmp_path: Path, short_entries: None) -> None:
     folder = publish(tmp_path / "boards/toy", board())
     publish(tmp_path / "boards/empty", [record(key="e", board={"name": "empty", "version": 1})])
     (tmp_path / "boards/empty/results.json").write_text("[]")
@@ -288,7 +309,9 @@ def test_a_board_of_a_site_can_be_published_as_it_is(tmp_path: Path) -> None:
     assert [flatten(row) for row in read.records] == tables.current(rows_of(board()))
 
 
-def test_two_cards_for_one_cell_are_shown_once_and_told(tmp_path: Path) -> None:
+def test_two_cards_for_one_cell_are_shown_once_and_told(
+    tmp_path: Path, short_entries: None
+) -> None:
     folder = publish(tmp_path / "toy", board())
     mine = record("patch", "mine", key="m")
     card(folder, "a.json", [mine])
@@ -307,9 +330,9 @@ def test_two_cards_for_one_cell_are_shown_once_and_told(tmp_path: Path) -> None:
         ("results.json", '[{"board": 1}]', "has no version"),
         ("about.json", "[]", "does not hold a JSON object"),
         ("about.json", '{"pictures": {"a": {"images": [{}]}}}', "the pictures cannot be read"),
-        ("entries/x.json", "[" * 100_000, "cannot be read as JSON"),
-        ("entries/x.json", "3", "is no result card"),
-        ("entries/x.json", '{"records": [3], "status": "reproduced"}', "a row is a JSON object"),
+        ("entries/x.json", "[" * 100_000, "is no JSON of ours"),
+        ("entries/x.json", "3", "is no entry that"),
+        ("entries/x.json", '{"card": {}}', "is no entry that"),
     ],
 )
 def test_files_that_are_none_are_refused_in_one_sentence(
@@ -325,15 +348,14 @@ def test_files_that_are_none_are_refused_in_one_sentence(
     assert not (tmp_path / "site").exists(), "nothing half-written"
 
 
-def test_hostile_words_stay_words(tmp_path: Path) -> None:
+def test_hostile_words_stay_words(tmp_path: Path, short_entries: None) -> None:
     item = record("patch", "mine")
     item["defense"] |= {"short": HOSTILE, "spec": HOSTILE + "x" * 200, "name": HOSTILE}
     item |= {"reason": "</script><script>alert(2)</script>", "status": "failed"}
     item["metrics"]["acc"] = math.inf
     folder = publish(tmp_path / "toy", [record()])
-    card(
-        folder, "x.json", [json.loads(json.dumps(item).replace("Infinity", "1e999"))], note=HOSTILE
-    )
+    hostile = {"name": HOSTILE, "spec": HOSTILE}
+    card(folder, "x.json", [json.loads(json.dumps(item).replace("Infinity", "1e999"))], method=hostile)
     write_site([read_published(folder)], tmp_path / "site")
     for page in (tmp_path / "site").rglob("*.html"):
         text = page.read_text()
