@@ -87,7 +87,8 @@ def check(
     ] = False,
 ) -> None:
     """Whether published boards hold together: tables made from rows, verified cards as entries."""
-    from arena.report.site import faults, published_files, published_names, read_published
+    from arena.published import faults
+    from arena.report.site import published_files, published_names, read_published
     from arena.store import write_atomically
 
     names = published_names(folder)
@@ -95,7 +96,7 @@ def check(
         for name in names:
             own = folder / name
             if (own / "results.json").is_file():
-                board = read_published(own, entries=False)
+                board = read_published(own)
                 for file, text in published_files(board).items():
                     write_atomically(own / file, text)
     found = [fault for name in names for fault in faults(folder / name)]
@@ -134,12 +135,13 @@ def _boards(
     names: list[str] | None, store: Path | None, published: Path | None, data_dir: Path | None
 ) -> tuple[list[Board], Path]:
     """The boards asked for, and where their site usually goes. Raises BadInput."""
-    from arena.report.site import chosen, published_names, read_published
+    from arena.published import read
+    from arena.report.site import chosen, published_names
 
     if published is not None:
         known = published_names(published)
         asked = chosen(names or (), known, str(published))
-        return [read_published(published / name) for name in asked], Path("site")
+        return [read(published / name) for name in asked], Path("site")
     from arena.site import board_of
     from arena.store import open_store
 
@@ -154,8 +156,9 @@ def _boards(
 
 def _rows_of(word: str, board: str | None) -> list[dict[str, Any]]:
     """Flat rows of a results.json, a published board, a folder of them, or a store."""
+    from arena.published import read
     from arena.report.rows import flatten, unflatten
-    from arena.report.site import published_names, read_published, read_rows
+    from arena.report.site import published_names, read_rows
 
     path = Path(word)
     if (path / "store.json").is_file():
@@ -166,9 +169,9 @@ def _rows_of(word: str, board: str | None) -> list[dict[str, Any]]:
     if path.is_file():
         rows = [flatten(row) for row in read_rows(path)]
     elif (path / "results.json").is_file() or (path / "entries").is_dir():
-        rows = [flatten(unflatten(row)) for row in read_published(path).records]
+        rows = [flatten(unflatten(row)) for row in read(path).records]
     elif path.is_dir():
-        boards = [read_published(path / name) for name in published_names(path)]
+        boards = [read(path / name) for name in published_names(path)]
         rows = [flatten(unflatten(row)) for each in boards for row in each.records]
     else:
         raise BadInput(f"There is no results.json, published board or store {word!r}.")

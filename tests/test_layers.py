@@ -80,11 +80,11 @@ def is_of(name: str, room: str) -> bool:
         ("inversions", ["arena.core"]),
         ("measures", ["arena.core"]),
         ("data", ["arena.core", "arena.data"]),
-        ("store", ["arena.core.registry"]),
+        ("store", ["arena.core.registry", "arena.records"]),
         ("boards", ["arena.core.registry", "arena.core.measures"]),
         ("api", ["arena.core", "arena.data"]),
         ("report", ["arena.core", "arena.report"]),
-        ("referee", ["arena.core", "arena.referee", "arena.store"]),
+        ("referee", ["arena.core", "arena.data", "arena.referee", "arena.store"]),
     ],
 )
 def test_rooms_know_only_what_lies_below(room: str, allowed: list[str]) -> None:

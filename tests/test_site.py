@@ -13,6 +13,7 @@ from test_report import PICTURES, Reader, board, record
 
 from arena.core.metric_list import METRICS
 from arena.core.registry import BadInput
+from arena.published import faults, read
 from arena.report import rating, tables
 from arena.report.changes import as_text, changes
 from arena.report.figures import Point, draw, drawing, heat, pareto
@@ -21,9 +22,7 @@ from arena.report.rows import COLUMNS, flatten, unflatten
 from arena.report.site import (
     Board,
     about_file,
-    faults,
     published_files,
-    read_published,
     write_site,
 )
 from arena.report.statistics import holm, paired_p, smallest_p
@@ -50,7 +49,7 @@ def publish(folder: Path, records: list[dict], **about: Any) -> Path:
     (folder / "about.json").write_text(about_file(made))
     rows = tables.render(tables.current(rows_of(records)), "json")
     (folder / "results.json").write_text(str(rows))
-    for name, text in published_files(read_published(folder)).items():
+    for name, text in published_files(read(folder)).items():
         (folder / name).write_text(text)
     return folder
 
@@ -58,6 +57,7 @@ def publish(folder: Path, records: list[dict], **about: Any) -> Path:
 def card(folder: Path, name: str, records: list[dict], **changed: Any) -> Path:
     """An entry that `short_entries` reads."""
     path = folder / "entries" / name
+    (folder / "board.toml").write_text('name = "toy"\ndataset = ["signs"]\nmodel = ["cnn"]\n')
     path.parent.mkdir(exist_ok=True)
     method = {"name": "mine", "role": "repair", "spec": "mine:x=1"} | changed.pop("method", {})
     board = {"name": "toy", "version": 1}
@@ -247,12 +247,13 @@ def test_published_boards_hold_together(path: Path) -> None:
     assert all(set(COLUMNS) <= set(row) for row in json.loads(path.read_text()))
 
 
-def test_a_stale_table_and_an_unverified_card_are_faults(tmp_path: Path, short_entries: None) -> None:
+def test_a_stale_table_and_an_unverified_card_are_faults(
+    tmp_path: Path, short_entries: None
+) -> None:
     folder = publish(tmp_path / "toy", board())
     assert faults(folder) == []
     (folder / "leaderboard.md").write_text("92 % of everything")
     mine = record("patch", "mine", key="m")
-    (folder / "board.toml").write_text('name = "toy"\ndataset = ["signs"]\nmodel = ["cnn"]\n')
     card(folder, "a.json", [mine], status="claimed", signature=None)
     found = faults(folder)
     assert any("leaderboard.md is not what results.json makes" in fault for fault in found)
@@ -303,10 +304,10 @@ def test_a_board_of_a_site_can_be_published_as_it_is(tmp_path: Path) -> None:
     write_site([made], tmp_path / "site")
     folder = tmp_path / "site/toy"
     assert faults(folder) == []
-    read = read_published(folder)
-    assert read.pictures == PICTURES
-    assert dict(read.facts)["Hardware"] == ["device cpu"]
-    assert [flatten(row) for row in read.records] == tables.current(rows_of(board()))
+    found = read(folder)
+    assert found.pictures == PICTURES
+    assert dict(found.facts)["Hardware"] == ["device cpu"]
+    assert [flatten(row) for row in found.records] == tables.current(rows_of(board()))
 
 
 def test_two_cards_for_one_cell_are_shown_once_and_told(
@@ -316,9 +317,9 @@ def test_two_cards_for_one_cell_are_shown_once_and_told(
     mine = record("patch", "mine", key="m")
     card(folder, "a.json", [mine])
     card(folder, "b.json", [mine | {"key": "n", "metrics": {**mine["metrics"], "acc": 0.1}}])
-    read = read_published(folder)
-    assert len(read.records) == len(board()) + 1
-    assert read.notes == ["b.json: 1 cell also in a.json; shown as there."]
+    found = read(folder)
+    assert len(found.records) == len(board()) + 1
+    assert found.notes == ["b.json: 1 cell also in a.json; shown as there."]
     assert any("also in a.json" in fault for fault in faults(folder))
 
 
@@ -342,7 +343,7 @@ def test_files_that_are_none_are_refused_in_one_sentence(
     (folder / "entries").mkdir(exist_ok=True)
     (folder / name).write_text(text)
     with pytest.raises(BadInput, match=said):
-        read_published(folder)
+        read(folder)
     answer = arena("leaderboard", "build", "--published", tmp_path, "--out", tmp_path / "site")
     assert (answer.code, "Traceback" in answer.err) == (2, False)
     assert not (tmp_path / "site").exists(), "nothing half-written"
@@ -355,8 +356,13 @@ def test_hostile_words_stay_words(tmp_path: Path, short_entries: None) -> None:
     item["metrics"]["acc"] = math.inf
     folder = publish(tmp_path / "toy", [record()])
     hostile = {"name": HOSTILE, "spec": HOSTILE}
-    card(folder, "x.json", [json.loads(json.dumps(item).replace("Infinity", "1e999"))], method=hostile)
-    write_site([read_published(folder)], tmp_path / "site")
+    card(
+        folder,
+        "x.json",
+        [json.loads(json.dumps(item).replace("Infinity", "1e999"))],
+        method=hostile,
+    )
+    write_site([read(folder)], tmp_path / "site")
     for page in (tmp_path / "site").rglob("*.html"):
         text = page.read_text()
         assert HOSTILE not in text

@@ -85,8 +85,11 @@ def published_names(folder: Path | str) -> list[str]:
     return names
 
 
-def read_published(folder: Path | str, entries: bool = True) -> Board:
-    """A published board, with its entries or without. Raises BadInput for files that are none.
+Card = tuple[Entry, list[dict[str, Any]]]  # a submission in words, and its records
+
+
+def read_published(folder: Path | str, cards: Sequence[Card] = ()) -> Board:
+    """A published board, with the cards that entered it. Raises BadInput for files that are none.
 
     A cell that two sources have is shown as the first has it (results.json, then the entries by
     file name), and the page says so; cards that are claimed or withdrawn are listed, not counted.
@@ -95,11 +98,11 @@ def read_published(folder: Path | str, entries: bool = True) -> Board:
     about = _json(root / "about.json", {})
     if not isinstance(about, Mapping):
         raise BadInput(f"{root / 'about.json'} does not hold a JSON object.")
-    rows = _rows(_json(root / "results.json", []), root / "results.json")
-    cards: list[Entry] = []
+    rows = checked_rows(_json(root / "results.json", []), root / "results.json")
+    entries: list[Entry] = []
     notes: list[str] = []
     taken = {_cell(flatten(row)): "results.json" for row in rows}
-    for entry, own in _cards(root) if entries else ():
+    for entry, own in cards:
         if entry.status in COUNTED:
             fresh = [row for row in own if _cell(flatten(row)) not in taken]
             if clash := len(own) - len(fresh):
@@ -111,7 +114,7 @@ def read_published(folder: Path | str, entries: bool = True) -> Board:
             rows += fresh
         elif own:
             notes.append(f"{entry.file} is {entry.status}: its cells enter no table.")
-        cards.append(entry)
+        entries.append(entry)
     if not rows:
         notes.append("This board has no rows yet: there is nothing to rank.")
     shown = measured_columns(map(flatten, rows))
@@ -125,46 +128,14 @@ def read_published(folder: Path | str, entries: bool = True) -> Board:
         pictures=_pictures(about.get("pictures"), root / "about.json"),
         metrics=[metric._asdict() for metric in known],
         facts=[(str(n), [*map(str, v)]) for n, v in (about.get("facts") or {}).items()],
-        entries=cards,
+        entries=entries,
         notes=notes,
     )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The records of a results.json. Raises BadInput."""
-    return _rows(_json(path, []), path)
-
-
-def faults(folder: Path) -> list[str]:
-    """What is wrong with a published board, a sentence each: a table that is not what its rows
-    make, an entry without a verified card, a cell that two sources have."""
-    try:
-        board = read_published(folder)
-        found = [note for note in board.notes if " also in " in note]
-        found += _unverified(folder)
-        if (folder / "results.json").is_file():
-            for name, text in published_files(read_published(folder, entries=False)).items():
-                path = folder / name
-                if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                    found.append(
-                        f"{folder.name}/{name} is not what results.json makes: "
-                        "`arena leaderboard check --fix` writes it anew."
-                    )
-    except BadInput as error:
-        return [str(error)]
-    return found
-
-
-def _unverified(folder: Path) -> list[str]:
-    """Entries that none of the board's verifiers has signed."""
-    from arena.boards import read_board
-    from arena.submissions import entries
-
-    if not (folder / "entries").is_dir():
-        return []
-    board = read_board(folder / "board.toml")
-    told = [(path, entries.unverified(value, board)) for path, value in entries.read_all(folder)]
-    return [f"{folder.name}/entries/{path.name}: {why}" for path, why in told if why]
+    return checked_rows(_json(path, []), path)
 
 
 def about_file(board: Board) -> str:
@@ -204,7 +175,8 @@ def _json(path: Path, absent: Any) -> Any:
         ) from error
 
 
-def _rows(found: Any, path: Path) -> list[dict[str, Any]]:
+def checked_rows(found: Any, path: Path) -> list[dict[str, Any]]:
+    """Records as read from `path`, each with a key. Raises BadInput for what is none."""
     if not isinstance(found, list):
         raise BadInput(f"{path} does not hold a list of rows.")
     try:
@@ -215,38 +187,6 @@ def _rows(found: Any, path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: {error}.") from error
     return rows
-
-
-def _cards(folder: Path) -> list[tuple[Entry, list[dict[str, Any]]]]:
-    """The entries of a published board in words, and the records that they hold. Raises BadInput
-    for one that is none, or that was altered."""
-    from arena.submissions import entries
-    from arena.submissions.cards import Altered
-
-    try:
-        known = entries.read_all(folder)
-    except Altered as error:
-        raise BadInput(f"{folder.name}/entries: {error}") from error
-    found = []
-    for path, value in known:
-        card = value["card"]
-        state, why = entries.status(value, [other for _, other in known])
-        told = {name: card["board"][name] for name in ("name", "version")}
-        rows = _rows([{**cell, "board": told} for cell in card["cells"]], path)
-        for row in rows:
-            row["card"] = path.name
-        entry = Entry(
-            method=tables.clean_text(card["method"]["name"]),
-            kind=tables.clean_text(card["method"]["role"]),
-            spec=tables.clean_text(card["method"]["spec"]),
-            status=state,
-            cells=len(rows),
-            signed="yes" if card["signature"] else "no",
-            note=tables.clean_text(why),
-            file=path.name,
-        )
-        found.append((entry, rows))
-    return found
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
