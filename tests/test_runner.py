@@ -191,7 +191,7 @@ def test_a_defense_is_given_clean_images_only(plan: Plan, store: Store, jobs: li
     given = jobs[0]
     assert set(given) - {"clean images"} == {
         "job", "folder", "device", "threads", "seed", "model", "classes", "shape", "spec",
-        "weights", "clean", "method_files",
+        "weights", "clean", "method_files", "registered",
     }  # fmt: skip
     artifact = store.artifact(cell.victim.key)
     assert artifact is not None
