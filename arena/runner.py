@@ -897,7 +897,9 @@ class Runner:
         metrics |= before.get("stealth", {})
         if cell.twin_cell is not None:
             harmed = self.store.record(cell.twin_cell.key)
-            metrics["twin_acc_drop"] = (harmed or {}).get("metrics", {}).get("acc_drop")
+            if harmed is None:  # else a figure would be missing for good
+                raise Failed("failed", f"the record of {cell.twin_cell.name} is gone; run again")
+            metrics["twin_acc_drop"] = harmed["metrics"].get("acc_drop")
         metrics = {name: _finite(value) for name, value in metrics.items()}
         classes = victim.setting.dataset.num_classes
         status = checks.status(metrics, measured["top_class_share"], classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,9 @@ from arena.core.contracts import Images
 from arena.core.inversion.frozen import Frozen
 from arena.core.models import Classifier
 from arena.core.seeding import stream
+
+if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # side by side, not on top of each other
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(count)))
 
 settings.register_profile("campaign", max_examples=1000)  # of tests/test_fuzz.py
 

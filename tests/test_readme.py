@@ -36,7 +36,7 @@ def test_first_two_blocks_are_set_up_and_tests() -> None:
     first, second = (body.strip() for language, body in BLOCKS[:2])
     assert first.endswith("arena quickstart")
     assert "pip install" in first
-    assert second.endswith("-m pytest")
+    assert second.endswith("-m pytest -n 2 --dist loadfile")
 
 
 def test_board_in_readme_is_the_published_one(tmp_path: Path) -> None:

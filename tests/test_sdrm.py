@@ -18,7 +18,7 @@ from arena.core import poisoning, training
 from arena.core.contracts import Images, Step
 from arena.core.mmd import KERNELS, mmd2, mmd_report
 from arena.core.models import LEVELS
-from arena.core.registry import BadInput, attacks, spec_of
+from arena.core.registry import BadInput, attacks, spec_of, strangers_imported
 from arena.core.seeding import stream
 from arena.core.training import Recipe, logits
 from arena.core.victims import bound
@@ -104,7 +104,8 @@ def toy_attacks(tmp_path, monkeypatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(attacks, "_files", lambda: files)
-    yield
+    with strangers_imported():
+        yield
     for name in ("toy_sig", "toy_warp"):
         sys.modules.pop(name, None)
 

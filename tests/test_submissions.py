@@ -21,6 +21,7 @@ from test_cli import arena
 from arena import boards as boards_module
 from arena.boards import board_from, read_board
 from arena.core.registry import BadInput, Registry, attacks, defenses, spec_of, strangers_imported
+from arena.referee import sandbox
 from arena.store import Store
 from arena.submissions import cards, entries, held_back, running, sources, verifying
 from arena.submissions.cards import Altered
@@ -271,6 +272,7 @@ def test_an_installed_defense_reaches_a_card(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packaged(tmp_path, "spy_package", "arena.defenses", SPY, module="of_spy_package.spy_package")
+    monkeypatch.setenv(sandbox.OFF, "1")  # it writes beside itself, which namespaces do not allow
     monkeypatch.syspath_prepend(tmp_path)
     for each in (attacks, defenses):
         monkeypatch.setattr(each, "_files", Registry(each.kind, each.package, each.group)._files)

@@ -338,7 +338,7 @@ def _layout(schema: Any, where: str, info: DatasetInfo) -> _Layout:
     if label is None:
         wanted = f"'label' or {_listed(info.attributes)}" if info.attributes else "'label'"
         raise DataError(f"{where} has no column {wanted}, only {_listed(schema.names)}")
-    names = features.get(label, {}).get("names") or ()
+    names = features.get(label, {}).get("names") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where} describes the classes of {label!r} as {names!r}, not by names")
     return _Layout(images[0], (label,), tuple(names) or None)
