@@ -393,12 +393,12 @@ def _facts(facts: Mapping[str, str]) -> str:
     margin = max(map(len, facts)) + 4
     room = max(width() - margin, 20)
     return "\n".join(
-        f"  {name:<{margin - 2}}" + f"\n{' ' * margin}".join(_wrapped(text, room))
+        f"  {name:<{margin - 2}}" + f"\n{' ' * margin}".join(_lines_of(text, room))
         for name, text in facts.items()
     )
 
 
-def _wrapped(text: str, room: int) -> list[str]:
+def _lines_of(text: str, room: int) -> list[str]:
     """Lines; a hash that is longer than the room stays whole, to be copied."""
     return textwrap.wrap(text, room, break_long_words=False) or ["-"]
 
