@@ -21,6 +21,7 @@ from arena.report.page import Extras, build_page, citation
 from arena.report.rows import COLUMNS, flatten, unflatten
 from arena.report.site import (
     Board,
+    _line,
     about_file,
     published_files,
     write_site,
@@ -370,6 +371,13 @@ def test_hostile_words_stay_words(tmp_path: Path, short_entries: None) -> None:
         assert Reader(text, site=True).tags.count("script") == 3
     for figure in (tmp_path / "site").rglob("*.svg"):
         assert "<script" not in figure.read_text()
+
+
+def test_null_methods_alone_are_no_contest(tmp_path: Path) -> None:
+    alone = record("patch", "none", null=True)
+    lines = [_line(Board("toy", rows), rows_of(rows)) for rows in ([alone], board())]
+    assert [line["best"] for line in lines] == [tables.MISSING, lines[1]["best"]]
+    assert lines[1]["best"] != tables.MISSING
 
 
 def test_a_site_keeps_to_its_folder(tmp_path: Path) -> None:

@@ -303,7 +303,8 @@ def write_site(boards: Sequence[Board], out: Path | str, title: str = TITLE) -> 
 def _line(board: Board, rows: Sequence[Row]) -> dict[str, Any]:
     """A board in the list of all: what it is about, and who leads it."""
     best = []
-    if rows:
+    defenses = {row["defense"] for row in rows if not row["null"]}
+    if defenses:  # null methods alone are no contest
         frame = tables.leaderboard(rows)
         first = frame[frame["standing"] == "best"]
         names = zip(first["defense_short"], first["null"], strict=True)
@@ -315,7 +316,7 @@ def _line(board: Board, rows: Sequence[Row]) -> dict[str, Any]:
         "data": tables.clean_text(", ".join(dict.fromkeys(r["dataset"] for r in rows))),
         "model": tables.clean_text(", ".join(dict.fromkeys(r["model"] for r in rows))),
         "attacks": len({r["attack"] for r in rows if tables.is_attacked(r)}),
-        "defenses": len({r["defense"] for r in rows if not r["null"]}),
+        "defenses": len(defenses),
         "seeds": len({str(r["seed"]) for r in rows}),
         "cells": len(rows),
         "best": tables.clean_text(", ".join(best)) or tables.MISSING,
