@@ -22,6 +22,8 @@ from arena.core.seeding import stream
 
 if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # side by side, not on top of each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(count)))
+    # what tests start counts alike: another number of threads rounds otherwise
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 settings.register_profile("campaign", max_examples=1000)  # of tests/test_fuzz.py
 

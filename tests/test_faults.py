@@ -77,7 +77,8 @@ def started(root: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    with process.stdout as told:  # it says nothing more
+        assert told.readline() == "ready\n"
     return process
 
 
@@ -85,8 +86,6 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
     until = time.monotonic() + 20
     while time.monotonic() < until:
         try:
