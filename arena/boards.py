@@ -215,6 +215,18 @@ def read_board(path: Path | str) -> Board:
     return board_from(raw, str(path), default_name=path.resolve().parent.name)
 
 
+def folder_of(name: str, boards: Path) -> Path:
+    """The folder of that board under `boards`, which holds its board.toml. Raises BadInput."""
+    known = sorted(p.parent.name for p in boards.glob("*/board.toml"))
+    if name not in known:
+        raise BadInput(
+            f"There is no board {name!r} in {str(boards)!r}; {nearest(name, known)}."
+            if known
+            else f"There is no board {name!r}: no folder of {str(boards)!r} has a board.toml."
+        )
+    return boards / name
+
+
 def board_from(raw: Mapping[str, Any], where: str, default_name: str = "adhoc") -> Board:
     """A Board from loosely typed keys; one word may stand for a list of one."""
     known = {f.name: f for f in fields(Board)}

@@ -175,7 +175,7 @@ def run(
     )
     running.filled(claims, submission, chosen, submission.name)  # unknown attacks, before the run
     card = running.run(order, Store(folder), key)
-    cards.write_card(target, card)
+    cards.write(target, card)
     if as_json:
         print(json.dumps({"card": str(target), "hash": card["hash"], "summary": card["summary"]}))
     else:
@@ -257,7 +257,7 @@ def verify(
         print(f"arena: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     target = out or card.with_name(card.name.removesuffix(".json") + ".verified.json")
-    cards.write_card(target, {"card": found, "verification": verification})
+    cards.write(target, {"card": found, "verification": verification})
     if as_json:
         print(json.dumps({"verified": str(target), **verification}, indent=1))
     else:

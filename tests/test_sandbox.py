@@ -342,3 +342,15 @@ def test_where_it_cannot_be_built_the_reason_is_told(monkeypatch: pytest.MonkeyP
         assert sandbox.why_not() == "namespaces: Operation not permitted"
     finally:
         sandbox._tried.cache_clear()
+
+
+def test_of_a_folder_of_code_nothing_but_code_is_shown(tmp_path, monkeypatch):
+    """A checkout on the path may hold stores beside its packages."""
+    for name in ("runs/mine", "package"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "package/__init__.py").touch()
+    (tmp_path / "module.py").touch()
+    (tmp_path / "secret.json").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    shown = [inside for _, inside in sandbox._code() if inside.startswith(str(tmp_path))]
+    assert sorted(shown) == [str(tmp_path / "module.py"), str(tmp_path / "package")]

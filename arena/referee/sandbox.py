@@ -216,7 +216,7 @@ def _system(gpu: bool) -> Iterator[tuple[str, str]]:
             yield os.path.realpath(place), place
 
 
-def _code(hidden: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _code() -> Iterator[tuple[str, str]]:
     """The interpreter, its packages and this one: (outside, inside)."""
     package = str(Path(__file__).resolve().parents[1])
     prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sysconfig.get_path("stdlib")}
@@ -233,12 +233,10 @@ def _code(hidden: Sequence[str]) -> Iterator[tuple[str, str]]:
     for path in sys.path:
         real = os.path.realpath(path or ".")
         if os.path.isdir(real) and not any(_within(real, parent) for parent in covered):
-            if not any(_within(place, real) or _within(real, place) for place in hidden):
-                yield real, os.path.abspath(path)
-            else:  # somebody's work lies there as well: code alone is shown
-                for name in sorted(os.listdir(real)):
-                    if _is_code(os.path.join(real, name)):
-                        yield os.path.join(real, name), os.path.join(os.path.abspath(path), name)
+            # code alone: stores and data may lie beside it, in a checkout on PYTHONPATH, say
+            for name in sorted(os.listdir(real)):
+                if _is_code(os.path.join(real, name)):
+                    yield os.path.join(real, name), os.path.join(os.path.abspath(path), name)
 
 
 def _is_code(path: str) -> bool:
@@ -357,7 +355,7 @@ def enter(view: View, user: bool) -> None:
     home = os.path.realpath(os.path.expanduser("~"))
     private = [*view.hidden, os.path.realpath(os.getcwd()), home]
     private = [path for path in private if path != "/"]
-    system, code = list(_system(view.gpu)), list(_code(private))
+    system, code = list(_system(view.gpu)), list(_code())
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
     _unshare(_NEWNS)
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)

@@ -475,9 +475,10 @@ def check_whole(card: Card) -> None:
         raise Altered(f"The card is inconsistent: {error}.") from error
 
 
-def write_card(path: Path, card: Mapping[str, Any]) -> None:
+def write(path: Path, value: Mapping[str, Any]) -> None:
+    """A card, or what holds one, as a file, whole or not at all. Raises BadInput."""
     try:
-        write_atomically(path, json.dumps(card, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
     except OSError as error:
         if type(error).__name__ == "DiskFull":
             raise

@@ -23,11 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from arena.boards import Board, read_board
+from arena.boards import Board, folder_of, read_board
 from arena.core.checks import ESTABLISHED_ASR, ESTABLISHED_DROP
 from arena.core.registry import BadInput, nearest
 from arena.report.statistics import summarise
-from arena.store import digest, write_atomically
+from arena.store import digest
 from arena.submissions import cards
 from arena.submissions.cards import Altered, Card
 
@@ -73,7 +73,7 @@ def add(path: Path, boards: Path) -> Path:
         "withdrawn": None,
     }
     target = folder / "entries" / f"{card['method']['name']}-{card['hash'][:12]}.json"
-    _write(target, entry)
+    cards.write(target, entry)
     return target
 
 
@@ -97,7 +97,7 @@ def withdraw(text: str, reason: str, boards: Path) -> Path:
     if entry["withdrawn"]:
         raise BadInput(f"{path.stem} is withdrawn already: {entry['withdrawn']['reason']}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    _write(path, {**entry, "withdrawn": {"reason": reason.strip(), "at": now}})
+    cards.write(path, {**entry, "withdrawn": {"reason": reason.strip(), "at": now}})
     return path
 
 
@@ -112,26 +112,10 @@ def find(text: str, boards: Path) -> Path:
     return found[0]
 
 
-def _write(path: Path, entry: Entry) -> None:
-    try:
-        write_atomically(path, json.dumps(entry, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    except OSError as error:
-        if type(error).__name__ == "DiskFull":
-            raise
-        raise BadInput(f"{str(path)!r} cannot be written ({error.strerror}).") from error
-
-
 def board_folder(card: Card, boards: Path) -> tuple[Path, Board]:
     """The folder of the card's board, and what its board.toml says. Raises BadInput."""
-    name = card["board"]["name"]
-    known = sorted(p.parent.name for p in boards.glob("*/board.toml"))
-    if name not in known:
-        raise BadInput(
-            f"There is no board {name!r} in {str(boards)!r}; {nearest(name, known)}."
-            if known
-            else f"There is no board {name!r}: no folder of {str(boards)!r} has a board.toml."
-        )
-    return boards / name, read_board(boards / name / "board.toml")
+    folder = folder_of(card["board"]["name"], boards)
+    return folder, read_board(folder / "board.toml")
 
 
 def check_board(card: Card, board: Board, folder: Path) -> None:

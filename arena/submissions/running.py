@@ -15,7 +15,7 @@ import torch
 
 from arena import data as datasets
 from arena import detecting
-from arena.boards import Board, board_from, read_board
+from arena.boards import Board, board_from, folder_of, read_board
 from arena.core.registry import (
     BadInput,
     attacks,
@@ -75,14 +75,7 @@ def find_board(text: str, boards: Path) -> Board:
         return read_board(path)
     if (path / "board.toml").is_file():
         return read_board(path / "board.toml")
-    known = sorted(p.parent.name for p in boards.glob("*/board.toml"))
-    if text not in known:
-        raise BadInput(
-            f"There is no board {text!r} in {str(boards)!r}; {nearest(text, known)}."
-            if known
-            else f"There is no board {text!r}: no folder of {str(boards)!r} has a board.toml."
-        )
-    return read_board(boards / text / "board.toml")
+    return read_board(folder_of(text, boards) / "board.toml")
 
 
 # ------------------------------------------------------------------------------------- the matrix
