@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from arena.core import models
 from arena.core.contracts import Images
 from arena.core.inversion.frozen import Frozen
 from arena.core.models import Classifier
+from arena.core.registry import attacks, defenses
 from arena.core.seeding import stream
 
 if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # side by side, not on top of each other
@@ -26,6 +27,16 @@ if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # side by side, not on
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 settings.register_profile("campaign", max_examples=1000)  # of tests/test_fuzz.py
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_files() -> Iterator[None]:
+    """Method files that a module's tests register are gone after it: workers run other modules."""
+    before = [(registry, dict(registry._added)) for registry in (attacks, defenses)]
+    yield
+    for registry, known in before:
+        registry._added.clear()
+        registry._added.update(known)
 
 
 @pytest.fixture
