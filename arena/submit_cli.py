@@ -18,6 +18,7 @@ from arena.core.registry import BadInput
 
 if TYPE_CHECKING:
     from arena.boards import Board
+    from arena.submissions.cards import Card
     from arena.submissions.sources import Submission
 
 submit_app = typer.Typer(
@@ -228,7 +229,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Refuse an altered card; measure its weights again, run cells again, compare."""
-    from arena.submissions import cards, verifying
+    from arena.submissions import cards
 
     if every and sample is not None:
         raise BadInput("--all runs every cell again, so --sample cannot be given with it.")
@@ -239,31 +240,44 @@ def verify(
         public = cards.check_seal(found)
         if signed_by is not None and public != signed_by:
             raise cards.Altered(f"The card is not signed by {signed_by[:16]}.")
-        ask = verifying.Ask(
+        target, verification = _verified(
+            card,
+            found,
+            out,
+            secret,
             store=store,
             sample=sample,
             every=every,
             seed=seed,
             device=_device(device),
-            secret=verifying.read_secret(secret, found),
             data_dir=data_dir,
             key=key,
             by=by,
             require_sandbox=require_sandbox,
             listener=None if as_json else _told,
         )
-        verification = verifying.verify(found, ask)
     except cards.Altered as error:
         print(f"arena: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    target = out or card.with_name(card.name.removesuffix(".json") + ".verified.json")
-    cards.write(target, {"card": found, "verification": verification})
     if as_json:
         print(json.dumps({"verified": str(target), **verification}, indent=1))
     else:
         _print_verification(verification)
         print(f"\nVerified card: {target}")
     raise typer.Exit(0 if verification["holds"] else 1)
+
+
+def _verified(
+    card: Path, found: Card, out: Path | None, secret: Path | None, **asked: Any
+) -> tuple[Path, dict[str, Any]]:
+    """The verified card's file, written, and what it says. Raises BadInput, Altered."""
+    from arena.submissions import cards, verifying
+
+    ask = verifying.Ask(secret=verifying.read_secret(secret, found), **asked)
+    verification = verifying.verify(found, ask)
+    target = out or card.with_name(card.name.removesuffix(".json") + ".verified.json")
+    cards.write(target, {"card": found, "verification": verification})
+    return target, verification
 
 
 @submit_app.command("key")
@@ -275,13 +289,38 @@ def key_(out: Annotated[Path, typer.Argument(help="The private key's file.")]) -
 
 
 def add(
-    card: Annotated[Path, typer.Argument(help="A card that `arena submit verify` wrote.")],
+    card: Annotated[Path, typer.Argument(help="A card, best one that is verified.")],
     boards: BoardsOption = BOARDS,
+    key: KeyOption = None,
+    by: Annotated[str, typer.Option(help="Who verifies it.")] = "",
+    secret: SecretOption = None,
+    device: DeviceOption = "auto",
+    data_dir: DataDirOption = None,
+    require_sandbox: SandboxOption = False,
 ) -> None:
-    """Enter a verified card into its board, as one JSON file."""
+    """Enter a card into its board, as one JSON file; one that is not verified is verified first:
+    two of its cells are run again."""
     from arena.submissions import cards, entries
 
     try:
+        if not entries.is_verified(cards.read_json(card, "card")):
+            found = cards.read_card(card)
+            entries.check_open(found, boards, key)  # before hours are spent
+            card, verification = _verified(
+                card,
+                found,
+                None,
+                secret,
+                device=_device(device),
+                data_dir=data_dir,
+                key=key,
+                by=by,
+                require_sandbox=require_sandbox,
+                listener=_told,
+            )
+            if not verification["holds"]:
+                _print_verification(verification)
+                raise typer.Exit(1)
         print(entries.add(card, boards))
     except cards.Altered as error:
         print(f"arena: {error}", file=sys.stderr)

@@ -639,9 +639,8 @@ def test_only_a_verified_card_enters_once(
     here: Path, verified: dict[str, Any], tmp_path: Path
 ) -> None:
     to = boards(tmp_path)
-    done = arena("leaderboard", "add", here / "own_defense.card.json", "--to", to)
-    assert done.code == 2
-    assert "is not verified" in done.err
+    with pytest.raises(BadInput, match="is not verified"):
+        entries.add(here / "own_defense.card.json", to)
     path = here / "own_defense.card.verified.json"
     done = arena("leaderboard", "add", path, "--to", to)
     assert done.code == 0, done.err
@@ -661,6 +660,35 @@ def test_only_a_verified_card_enters_once(
     assert (row["status"], row["why"]) == ("withdrawn", "a mistake")
     assert arena("leaderboard", "withdraw", entry.stem, "--reason", "x", "--to", to).code == 2
     assert arena("leaderboard", "add", other, "--to", to).code == 0
+
+
+def test_a_card_that_is_not_verified_is_verified_when_it_is_added(
+    here: Path, card: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = boards(tmp_path)
+    path = written(tmp_path / "mine.json", card)
+    done = arena("leaderboard", "add", path, "--to", to, "--by", "me", "--device", "cpu")
+    assert done.code == 0, done.err
+    [entry] = to.glob("tiny/entries/*.json")
+    told = json.loads(entry.read_text())["verification"]
+    assert (told["by"], told["how"]) == ("me", {"rerun": 2})
+    monkeypatch.setattr(verifying, "verify", None)  # what cannot enter is refused before hours
+    assert "is there already" in arena("leaderboard", "add", path, "--to", to).err
+    strict = f'{BOARD}verifiers = ["{"0" * 64}"]\n'
+    (to / "tiny" / "board.toml").write_text(strict)
+    assert "says other things" in arena("leaderboard", "add", path, "--to", to).err
+
+
+def test_a_card_that_does_not_hold_does_not_enter(
+    card: dict[str, Any], here: Path, tmp_path: Path
+) -> None:
+    to = boards(tmp_path)
+    forged = rehashed(consistent(improved(card)))
+    path = written(tmp_path / "mine.json", forged)
+    done = arena("leaderboard", "add", path, "--to", to, "--device", "cpu")
+    assert done.code == 1
+    assert "DOES NOT HOLD" in done.out
+    assert not list(to.glob("tiny/entries/*"))
 
 
 def test_a_verification_belongs_to_its_card(verified: dict[str, Any], tmp_path: Path) -> None:

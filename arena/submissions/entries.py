@@ -42,29 +42,18 @@ Entry = dict[str, Any]
 def add(path: Path, boards: Path) -> Path:
     """Enter the verified card at `path`; returns the entry's file. Raises BadInput, Altered."""
     value = cards.read_json(path, "card")
-    if not (isinstance(value, Mapping) and value.get("verification")):
+    if not is_verified(value):
         raise BadInput(
             f"{str(path)!r} is not verified; `arena submit verify {path}` writes a card that is."
         )
     card = cards.check_schema(value.get("card"))
     cards.check_whole(card)
     verification = check_verification(value["verification"], card)
-    folder, board = board_folder(card, boards)
-    check_board(card, board, folder)
+    folder, board = check_new(card, boards)
     if not verification["holds"]:
         raise BadInput("Not all of this card's figures hold, so it does not enter the board.")
     if why := unverified({"verification": verification}, board):
         raise BadInput(why)
-    for known_path, known in read_all(folder):
-        told = known["card"]["method"]
-        if known["card"]["hash"] == card["hash"]:
-            raise BadInput(f"This card is there already, as {str(known_path)!r}.")
-        same = all(told[name] == card["method"][name] for name in ("sha256", "spec", "role"))
-        if same and known["card"]["board"] == card["board"] and not known["withdrawn"]:
-            raise BadInput(
-                f"The same method with the same settings is there already, as {str(known_path)!r}; "
-                "withdraw that first."
-            )
     entry = {
         "entry_version": VERSION,
         "card": card,
@@ -77,9 +66,43 @@ def add(path: Path, boards: Path) -> Path:
     return target
 
 
+def is_verified(value: Any) -> bool:
+    """Whether what a file says holds a verification beside a card."""
+    return isinstance(value, Mapping) and bool(value.get("verification"))
+
+
+def check_new(card: Card, boards: Path) -> tuple[Path, Board]:
+    """The folder and the board that a card may enter, once verified. Raises BadInput, Altered."""
+    folder, board = board_folder(card, boards)
+    check_board(card, board, folder)
+    for known_path, known in read_all(folder):
+        told = known["card"]["method"]
+        if known["card"]["hash"] == card["hash"]:
+            raise BadInput(f"This card is there already, as {str(known_path)!r}.")
+        same = all(told[name] == card["method"][name] for name in ("sha256", "spec", "role"))
+        if same and known["card"]["board"] == card["board"] and not known["withdrawn"]:
+            raise BadInput(
+                f"The same method with the same settings is there already, as {str(known_path)!r}; "
+                "withdraw that first."
+            )
+    return folder, board
+
+
 def unverified(entry: Mapping[str, Any], board: Board) -> str:
     """Why an entry's verification does not count on the board, in a sentence; '' where it does."""
-    key = cards.check_seal(entry["verification"], "verification")
+    return _shut(cards.check_seal(entry["verification"], "verification"), board)
+
+
+def check_open(card: Card, boards: Path, key: Path | None) -> None:
+    """Raise BadInput, Altered where the card may not enter even if a verification that is signed
+    with `key` holds."""
+    _, board = check_new(card, boards)
+    signed = cards.signature("", key)
+    if why := _shut(signed["public_key"] if signed else None, board):
+        raise BadInput(why)
+
+
+def _shut(key: str | None, board: Board) -> str:
     if not board.verifiers or key in board.verifiers:
         return ""
     return (
