@@ -391,7 +391,7 @@ class Runner:
     listener: Listener | None = None
     command: str = ""
     stop: Stop = field(default_factory=lambda: Stop(threading.Event()))
-    limits: Limits | None = None  # of every method; None: what Limits says
+    limits: Limits = field(default_factory=Limits)  # of every method
     require_sandbox: bool = False  # refuse to run methods without namespaces
     use_sandbox: bool = True  # False: limits alone, to look into a method that fails
 
@@ -408,6 +408,7 @@ class Runner:
         self._estimates: dict[str, Estimate] = {}
         self._devices = self._device_list()
         self._threads = max(1, torch.get_num_threads() // self.workers)
+        self.limits = self.limits.shared(self.workers)
 
     def _device_list(self) -> list[str]:
         if self.device == "cuda" and torch.cuda.device_count() > 1:

@@ -60,6 +60,36 @@ def failure(call: Any, *words: Any, **options: Any) -> Failed:
 # ------------------------------------------------------------------------------------- the limits
 
 
+def test_jobs_side_by_side_share_the_memory() -> None:
+    whole = Limits().most_memory
+    assert whole is not None
+    assert Limits().shared(1) == Limits()
+    assert Limits().shared(3).memory == whole // 3
+    assert Limits(memory=5).shared(3).memory == 5  # somebody named it
+
+
+@pytest.mark.parametrize(
+    ("groups", "file", "said", "most"),
+    [
+        ("0::/job", "job/memory.max", "1000000\n", 900_000),
+        ("0::/job", "memory.max", "1000000\n", 900_000),  # as containers see their own
+        ("4:cpu,memory:/job", "memory/job/memory.limit_in_bytes", "1000000\n", 900_000),
+        ("0::/job", "job/memory.max", "max\n", None),
+        ("words", "memory.max", "1000000\n", None),
+    ],
+)
+def test_what_a_cluster_leaves_of_the_memory_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, file: str, said: str, most: int
+) -> None:
+    path = tmp_path / "fs" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(said)
+    (tmp_path / "cgroup").write_text(f"1:pids:/\n{groups}\n")
+    monkeypatch.setattr(sandbox, "_GROUPS", (tmp_path / "cgroup", str(tmp_path / "fs")))
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 9 // 10
+    assert sandbox._nine_tenths.__wrapped__() == (most or machine)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     ("work", "limits", "reason"),

@@ -11,6 +11,7 @@ Standard library only: this file is also run as a script, to find out what the s
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import functools
 import glob
@@ -57,6 +58,7 @@ _ETC = (
     "localtime",
     "os-release",
 )
+_GROUPS = (Path("/proc/self/cgroup"), "/sys/fs/cgroup")
 _NVIDIA = ("/dev/nvidia*", "/dev/nvidia-caps/*", "/dev/dxg")
 
 
@@ -68,7 +70,7 @@ class Limits:
     """What one job may use. Sizes are in bytes."""
 
     seconds: float | None = None  # wall clock; None: no end
-    memory: int | None = None  # of all its processes; None: nine tenths of the machine's
+    memory: int | None = None  # of all its processes; None: nine tenths of what there is
     processes: int = 64  # at one time; threads do not count
     disk: int = 20 * 2**30  # what its folders may grow to, and the largest file
     output: int = 2**28  # what it may print
@@ -83,12 +85,36 @@ class Limits:
     def most_memory(self) -> int | None:
         return self.memory or _nine_tenths()
 
+    def shared(self, jobs: int) -> Limits:
+        """These limits for each of `jobs` at one time: memory that nobody named is divided, so that
+        one that eats all of its part takes nothing from the others."""
+        if self.memory is not None or jobs == 1 or (most := _nine_tenths()) is None:
+            return self
+        return dataclasses.replace(self, memory=most // jobs)
+
 
 @functools.cache
 def _nine_tenths() -> int | None:
+    """Of the machine's memory, or of what a cluster or a container leaves of it."""
+    found = []
     with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 9 // 10
-    return None
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):
+        groups, root = _GROUPS
+        for line in groups.read_text().splitlines():
+            _, names, own = line.split(":", 2)
+            if "memory" in names.split(","):  # version 1
+                found += _numbers(f"{root}/memory", own, "memory.limit_in_bytes")
+            elif not names:
+                found += _numbers(root, own, "memory.max")
+    return min(found) * 9 // 10 if found else None
+
+
+def _numbers(root: str, own: str, file: str) -> Iterator[int]:
+    """What control groups say, the process's own and, as containers show it, the root's."""
+    for place in (Path(root) / own.lstrip("/"), Path(root)):
+        with suppress(OSError, ValueError):  # "max" is no number
+            yield int((place / file).read_text())
 
 
 def size(count: float) -> str:
