@@ -788,6 +788,31 @@ def test_an_attack_that_comes_later_breaks_a_defense(verified: dict[str, Any]) -
     assert entries.status(weights, [])[0] == "claimed"
 
 
+def test_an_attack_faces_the_defenses_that_entered(
+    here: Path, card: dict[str, Any], tmp_path: Path
+) -> None:
+    to = boards(tmp_path)
+    done = arena("leaderboard", "add", here / "own_defense.card.verified.json", "--to", to)
+    assert done.code == 0, done.err
+    out = tmp_path / "attack.card.json"
+    words = (
+        f"submit run own_attack.py --board tiny --to {to} --store store --device cpu --out {out}"
+    )
+    done = arena(*words.split())
+    assert done.code == 0, done.err
+    made = cards.read_card(out)
+    assert [told["name"] for told in made["against"]] == ["own_defense"]
+    behind = [c for c in made["cells"] if c["defense"]["name"] == "own_defense"]
+    assert {c["attack"]["name"] for c in behind} == {"none", "own_attack"}
+    assert {c["defense"]["code"] for c in behind} == {card["method"]["code"]}
+    done = arena(*f"submit verify {out} --store store --sample 0 --device cpu".split())
+    assert done.code == 0, done.out + done.err
+    done = arena("leaderboard", "add", tmp_path / "attack.card.verified.json", "--to", to)
+    assert done.code == 0, done.err
+    listed = json.loads(arena("leaderboard", "entries", "tiny", "--json", "--to", to).out)
+    assert {row["role"] for row in listed} == {"repair", "attack"}
+
+
 # ------------------------------------------------------------- the other roles, what is held back
 
 
