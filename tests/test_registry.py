@@ -342,6 +342,19 @@ def test_the_code_hash_follows_the_arena_modules_that_are_imported(tmp_path, mon
     assert hashes[0] != hashes[1]
 
 
+def test_what_computes_no_result_does_not_count(tmp_path, monkeypatch):
+    body, other, real = (
+        "from arena.core import seeding\nfrom arena.core.registry import param\n",
+        tmp_path / "own.py",
+        registry._file_of,
+    )
+    other.write_text("MESSAGE = 1\n", encoding="utf-8")
+    one = hash_of(tmp_path, monkeypatch, body)
+    names = ("arena.core.registry", "arena.core.progress")
+    monkeypatch.setattr(registry, "_file_of", lambda m: other if m in names else real(m))
+    assert hash_of(tmp_path, monkeypatch, body) == one
+
+
 # ----------------------------------------------------------- fields that name methods and folders
 
 WRAPPER = '''"""Wraps another attack.

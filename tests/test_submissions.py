@@ -313,6 +313,17 @@ class Mine:
 '''
 
 
+def test_a_methods_file_is_a_file_of_a_methods_size(tmp_path: Path) -> None:
+    (large := tmp_path / "large.py").write_text(METHOD + "#" * 2**20)
+    os.mkfifo(pipe := tmp_path / "pipe.py")  # reading it would never end
+    (folder := tmp_path / "folder.py").mkdir()
+    for path, told in ((large, "larger than"), (pipe, "no file that"), (folder, "no file that")):
+        done = arena("submit", "check", path)
+        assert done.code == 2
+        assert told in done.err
+        assert done.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "told"),
     [
@@ -330,6 +341,27 @@ class Mine:
         ("mine", "Source: a test.", "", "no `Source:`"),
         ("mine", "import torch", "import torch\nimport arena.store", "it imports arena.store"),
         ("mine", "import torch", "import torch\nfrom arena import runner", "arena.runner"),
+        (
+            "mine",
+            "import torch",
+            "import torch\nX = " + "-" * 60_000 + "1",
+            "is no Python: too deep.",
+        ),
+        ("mine", "import torch", "import torch\nX = \0", "null bytes"),
+        ("mine", "    share", "    share: int = 3\n    share", "the field share is there twice"),
+        ("mine", "share:", "method_name:", "a field cannot be called 'method_name'"),
+        ("mine", "share:", "repair:", "a field cannot be called 'repair'"),
+        ("mine", "above=0", "choices=3", "its fields cannot be read"),
+        ("mine", "a share", "\\ud800", "share has half a character"),
+        ("mine", '"""', '"""\\ud800', "its docstring has half a character"),
+        ("mine", "share: float", "target: float", "target is read by the referee and must be int"),
+        (
+            "mine",
+            "    share",
+            '    needs_share = "all"\n    share',
+            "must be float or int",
+        ),
+        ("mine", "    share", "    needs_share: ClassVar[float] = 2.0\n    share", "from 0 to 1"),
         (
             "mine",
             "    def rep",

@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import logging
 import re
+import stat
 import sys
 import types
 import typing
@@ -45,14 +46,26 @@ POWERS = {  # what a class can do, by the method that it has
     "score": "detects",
 }
 
+_LARGEST_FILE = 2**20  # bytes; a card carries the whole of it
 FILE_ROOM = "method_file_"  # the package that a registered file's module pretends to be in
-READ_BY_REFEREE = ("target", "victim", "mode", "keeps_labels", "labels", "threat", "needs_share")
+READ_BY_REFEREE: dict[str, tuple[type, ...]] = {  # attributes, and what they may be
+    "target": (int, type(None)),
+    "victim": (int, type(None)),
+    "mode": (str,),
+    "keeps_labels": (bool,),
+    "labels": (str,),
+    "threat": (str,),
+    "needs_share": (float, int),
+}
+_UNCOUNTED = {"arena.core.registry", "arena.core.progress"}  # they compute no result, see code_hash
 _FIELD_TYPES: dict[str, Any] = {
     "int": int, "float": float, "str": str, "bool": bool, "None": type(None),
 }  # fmt: skip
 _strangers: dict[str, Path] = {}  # modules that are never imported here -> their files
 _importing: ContextVar[bool] = ContextVar("strangers are imported", default=False)
 
+_FIELD_NAME = r"[A-Za-z][A-Za-z0-9_]{0,39}"
+_TAKEN = {*POWERS, "check", "prepare", "method_name"}  # what a class has beside its fields
 _SHORTER = {"smoke": ("smoke", "fast"), "fast": ("fast",)}  # whose values hold, the nearest first
 
 
@@ -404,8 +417,13 @@ class Registry:
             raise BadInput(f"{self.kind} {name!r} is one of the arena's; name the file otherwise.")
         module = f"{FILE_ROOM}{hashlib.sha256(content).hexdigest()[:16]}.{name}"
         described = _read(name, self.kind, module, path)
+        try:
+            _stand_in(described)()  # its defaults lie in their ranges
+        except BadInput:
+            raise
+        except Exception as error:  # literals that are no settings of a field: choices=3
+            raise BadInput(f"{name}: its fields cannot be read ({error}); see `param`.") from error
         _strangers[module] = path
-        _stand_in(described)()  # its defaults lie in their ranges
         self._added[name] = (module, path)
         return described
 
@@ -536,6 +554,11 @@ def read_method_file(path: Path) -> bytes:
     if path.suffix != ".py":
         raise BadInput(f"{str(path)!r} is no method: a Python file (.py) is wanted.")
     try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # reading a pipe would wait for ever
+            raise BadInput(f"{str(path)!r} is no file that can be read; name the method's own.")
+        if about.st_size > _LARGEST_FILE:
+            raise BadInput(f"{str(path)!r} is larger than a method's file may be (1 MB).")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BadInput(f"There is no file {str(path)!r}.") from error
@@ -603,6 +626,8 @@ def _stand_in(described: Method) -> type[Any]:
         if power in described.powers
     }
     traits = {name: value for name, value in described.traits.items() if name in READ_BY_REFEREE}
+    for name, value in {**traits, **{each.name: each.default for each in described.fields}}.items():
+        _check_attribute(described.name, name, value)
     own: dict[str, Any] = {**traits, **powers, "__post_init__": validate}
     if described.kind == "attack":
         own |= {"check": _check_classes, "prepare": _only_in_workers(described.name)}
@@ -634,7 +659,24 @@ def _only_in_workers(name: str) -> Any:
 def _check_classes(self: Any, shape: tuple[int, int, int], counts: Sequence[int]) -> None:
     from arena.core.poisoning import check_classes
 
+    for role in ("target", "victim"):
+        if (getattr(self, role, None) or 0) < 0:
+            raise BadInput(f"{self.method_name}: {role} {getattr(self, role)} is not a class.")
     check_classes(self, counts)
+
+
+def _check_attribute(method: str, name: str, value: Any) -> None:
+    """Raise BadInput where the referee would read something that it cannot use."""
+    if (kinds := READ_BY_REFEREE.get(name)) is None:
+        return
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        told = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise BadInput(
+            f"{method}: {name} is read by the referee and must be {told}, not {value!r}."
+        )
+    share: Any = value if name == "needs_share" else 0
+    if not 0 <= share <= 1:
+        raise BadInput(f"{method}: needs_share is a share, from 0 to 1, not {value}.")
 
 
 @cache
@@ -642,10 +684,13 @@ def _read(name: str, kind: str, module: str, path: Path, content: bytes | None =
     try:
         tree = ast.parse(path.read_bytes() if content is None else content)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        told = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise BadInput(f"{str(path)!r} is no Python{line}: {told}.") from error
+        line, told = "", str(error) or "too deep"
+        if isinstance(error, SyntaxError):
+            line, told = (f", line {error.lineno}" if error.lineno else ""), error.msg
+        raise BadInput(f"{path.name} is no Python{line}: {told.rstrip('.')}.") from error
     doc = ast.get_docstring(tree) or ""
+    if not _is_text(doc):
+        raise BadInput(f"{path.name}: its docstring has half a character (a lone surrogate).")
     marked = [
         node
         for node in tree.body
@@ -653,21 +698,30 @@ def _read(name: str, kind: str, module: str, path: Path, content: bytes | None =
         and any(ast.unparse(mark).rpartition(".")[2] == "method" for mark in node.decorator_list)
     ]
     if not marked:
-        raise BadInput(f"{path} holds no class marked @method.")
+        raise BadInput(f"{path.name} holds no class marked @method.")
     if len(marked) > 1:
-        raise BadInput(f"{path} holds {len(marked)} classes marked @method; one is wanted.")
+        raise BadInput(f"{path.name} holds {len(marked)} classes marked @method; one is wanted.")
     [node] = marked
-    fields, traits, powers = [], {}, []
+    fields: list[Field] = []
+    traits: dict[str, Any] = {}
+    powers: list[str] = []
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             if ast.unparse(item.annotation).startswith("ClassVar"):
                 traits[item.target.id] = (
                     _literal(item.value, f"{name}: {item.target.id}") if item.value else None
                 )
+            elif item.target.id in {field.name for field in fields}:
+                raise BadInput(f"{name}: the field {item.target.id} is there twice.")
+            elif item.target.id in _TAKEN or not re.fullmatch(_FIELD_NAME, item.target.id):
+                raise BadInput(f"{name}: a field cannot be called {item.target.id!r}.")
             elif item.value is not None:
                 fields.append(_read_field(item.target.id, item.annotation, item.value, name))
             else:
                 raise BadInput(f"{name}: {item.target.id} has no default; every field needs one.")
+        elif isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
+            if (attribute := item.targets[0].id) in READ_BY_REFEREE:
+                traits[attribute] = _literal(item.value, f"{name}: {attribute}")
         elif isinstance(item, ast.FunctionDef) and item.name in POWERS:
             powers.append(POWERS[item.name])
     return Method(name, kind, module, str(path), doc, tuple(fields), tuple(powers), traits)
@@ -689,12 +743,24 @@ def _read_field(name: str, annotation: ast.expr, value: ast.expr, of: str) -> Fi
 def _literal(value: ast.expr, where: str) -> Any:
     """The value that stands there, without running anything. Raises BadInput."""
     try:
-        return ast.literal_eval(value)
+        found = ast.literal_eval(value)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise BadInput(
             f"{where} must be given as a literal (0.1, 3, 'word', None), not "
             f"{ast.unparse(value)[:60]!r}: it is read without running the file."
         ) from error
+    if not _is_text(found):
+        raise BadInput(f"{where} has half a character (a lone surrogate), which no file can hold.")
+    return found
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all words in a literal can be written to a file."""
+    if isinstance(value, str):
+        return not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, dict):
+        return all(_is_text(each) for pair in value.items() for each in pair)
+    return not isinstance(value, list | tuple | set) or all(map(_is_text, value))
 
 
 # ------------------------------------------------------------------------------------------ code
@@ -705,12 +771,13 @@ def code_hash(*modules: str) -> str:
     """sha256 (hex) over the code of `modules` and all of the arena that they import, transitively.
 
     Comments, docstrings and layout do not count: only what is executed makes old results stale.
+    Nor do this module and `progress`: what a spec means stands in the key with every field's value.
     """
     seen: dict[str, str] = {}
     todo = list(modules)
     while todo:
         name = todo.pop()
-        if name in seen:
+        if name in seen or name in _UNCOUNTED:
             continue
         path = _file_of(name)
         if path is None:
