@@ -352,6 +352,12 @@ def test_a_methods_file_is_a_file_of_a_methods_size(tmp_path: Path) -> None:
         ("mine", "share:", "method_name:", "a field cannot be called 'method_name'"),
         ("mine", "share:", "repair:", "a field cannot be called 'repair'"),
         ("mine", "above=0", "choices=3", "its fields cannot be read"),
+        (
+            "mine",
+            'share: float = param(0.5, "a share", above=0, high=1)',
+            'file: str | None = param("/etc/passwd", "a file", path=True)',
+            "its default must be None",
+        ),
         ("mine", "a share", "\\ud800", "share has half a character"),
         ("mine", '"""', '"""\\ud800', "its docstring has half a character"),
         ("mine", "share: float", "target: float", "target is read by the referee and must be int"),

@@ -619,6 +619,10 @@ def _stand_in(described: Method) -> type[Any]:
             for name in ("low", "high", "above", "choices", "path", "folder", "spec", "under")
         }
         hint = _field_type(each.type, f"{described.name}: {each.name}")
+        if (each.path or each.folder) and (each.default is not None or each.under):
+            raise BadInput(  # a worker is shown what these name: only who runs it says what
+                f"{described.name}: {each.name} names a file, so its default must be None."
+            )
         fields.append((each.name, hint, param(each.default, each.doc, **settings)))
     powers = {
         name: _only_in_workers(described.name)
