@@ -241,7 +241,9 @@ def _broken(shard: Path, error: Exception) -> DataError:
 def open_hub(info: DatasetInfo) -> Source:
     """Fetch a data set with Hugging Face `datasets` (which keeps its own copy of the files)."""
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
+    hub_logging.set_verbosity_error()  # what fails is told once, below
     splits: dict[str, Split] = {}
     classes: dict[str, tuple[str, ...] | None] = {}
     revision = "unknown"
