@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from arena.data import catalogue
 from arena.referee import isolate
 from arena.runner import Runner
 from arena.store import digest
+from arena.submissions import sources
 
 LONGEST = 60  # seconds: no case may hang
 MEMORY = 3 << 30  # bytes more than there are now: no case may take them
@@ -704,6 +706,79 @@ def test_factories(here: Path, code: str, function: str) -> None:
         refused(lambda: foreign.build(f"{file}:{function}", 5, (3, 32, 32)))
     finally:
         sys.dont_write_bytecode = before
+
+
+# ------------------------------------------------------------------------------ strangers' methods
+
+METHOD = '''"""Does nothing.
+
+Source: a test.
+"""
+
+from typing import ClassVar
+
+from arena.core.registry import method, param
+
+
+@method
+class Mine:
+    needs_share: ClassVar[float] = 0.0
+    share: float = param(0.5, "a share", above=0, high=1, under={"fast": 0.1})
+    word: str = param("a", "a word", choices=("a", "b"))
+    target: int | None = 0
+
+    def repair(self, model, clean, rng):
+        return model
+
+    def prepare(self, train, rng): ...
+
+    def poison(self, train, trigger, rng): ...
+'''
+PARTS = (
+    "Does nothing", "Source: a test.", "ClassVar[float]", "0.0", "share", "float", "0.5",
+    "a share", "above=0", "high=1", "under", '{"fast": 0.1}', "str", '"a"', '("a", "b")', "target",
+    "int | None", "@method", "class Mine", "def repair", "def prepare", "param(",
+    "choices", "needs_share",
+)  # fmt: skip
+PUT = st.one_of(
+    st.sampled_from(
+        [
+            "", "0", "-1", "None", "True", "1e999", "-0.0", "10**10**10", "9" * 5000, "'x'", "[1]",
+            "{}", "{3: 0.5}", "(1, 2)", "b'x'", "x", "int", "list[int]", "float | None", "...",
+            "'\\ud800'", "repair", "__init__", "method_name", "class", "path=True", "folder=True",
+            "spec='attack'", "(" * 300, "-" * 20_000 + "1", "a" + ".b" * 900, "\0", "\n", "\t",
+            '"""', "é", "lambda: 0", "f'{1}'", "*x", "**x", "@method\n@method", "low=1, low=2",
+        ]
+    ),
+    st.text(max_size=8),
+)  # fmt: skip
+
+
+@fuzzed(60, changes=st.lists(st.tuples(st.sampled_from(PARTS), PUT), min_size=1, max_size=3))
+@example(changes=[("target", "share")])
+@example(changes=[("choices", "spec")])
+@example(changes=[("high=1", "path=True")])
+def test_method_files(here: Path, changes: list[tuple[str, str]]) -> None:
+    text = METHOD
+    for part, put in changes:
+        text = text.replace(part, put, 1)
+    file = fresh(here / "methods") / "mine.py"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    before = [dict(registry._added) for registry in (attacks, defenses)]
+    try:
+        found = refused(lambda: sources.find(str(file), here / "methods" / "kept"))
+        if found is not None:  # what was accepted can be listed, built, named and written down
+            known = attacks if found.kind == "attack" else defenses
+            for recipe in ("paper", "fast", "smoke"):
+                made = refused(partial(known.build, found.name, recipe))
+                assert made is None or spec_of(made).startswith("mine")
+            told = known.describe(found.name)
+            json.dumps([told.summary, told.source, told.departs, str(told.fields)]).encode()
+            f"{told.doc}{told.fields}".encode()
+    finally:
+        for registry, added in zip((attacks, defenses), before, strict=True):
+            registry._added.clear()
+            registry._added.update(added)
 
 
 # ------------------------------------------------------------------------------------------- images

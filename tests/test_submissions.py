@@ -351,7 +351,9 @@ def test_a_methods_file_is_a_file_of_a_methods_size(tmp_path: Path) -> None:
         ("mine", "    share", "    share: int = 3\n    share", "the field share is there twice"),
         ("mine", "share:", "method_name:", "a field cannot be called 'method_name'"),
         ("mine", "share:", "repair:", "a field cannot be called 'repair'"),
-        ("mine", "above=0", "choices=3", "its fields cannot be read"),
+        ("mine", "above=0", "choices=3", "does not take, choices"),
+        ("mine", "above=0", 'under={"quick": 1}', "under is by recipe, 'smoke' or 'fast'"),
+        ("mine", "0.5,", "[0.5],", "its fields cannot be read"),
         (
             "mine",
             'share: float = param(0.5, "a share", above=0, high=1)',

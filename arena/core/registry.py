@@ -64,6 +64,13 @@ _FIELD_TYPES: dict[str, Any] = {
 _strangers: dict[str, Path] = {}  # modules that are never imported here -> their files
 _importing: ContextVar[bool] = ContextVar("strangers are imported", default=False)
 
+_SETTINGS: dict[str, tuple[type, ...]] = {  # of `param`, and the literals that they may be
+    **dict.fromkeys(("low", "high", "above"), (int, float)),
+    **dict.fromkeys(("doc", "spec", "source"), (str,)),
+    **dict.fromkeys(("path", "folder"), (bool,)),
+    "choices": (tuple,),
+    "under": (dict,),
+}
 _FIELD_NAME = r"[A-Za-z][A-Za-z0-9_]{0,39}"
 _TAKEN = {*POWERS, "check", "prepare", "method_name"}  # what a class has beside its fields
 _SHORTER = {"smoke": ("smoke", "fast"), "fast": ("fast",)}  # whose values hold, the nearest first
@@ -687,6 +694,8 @@ def _check_attribute(method: str, name: str, value: Any) -> None:
 def _read(name: str, kind: str, module: str, path: Path, content: bytes | None = None) -> Method:
     try:
         tree = ast.parse(path.read_bytes() if content is None else content)
+        if not module.startswith("arena."):
+            ast.unparse(tree)  # what parses may yet be too deep to be written, as hashes need it
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line, told = "", str(error) or "too deep"
         if isinstance(error, SyntaxError):
@@ -741,7 +750,16 @@ def _read_field(name: str, annotation: ast.expr, value: ast.expr, of: str) -> Fi
     settings = {**dict(zip(("default", "doc"), given, strict=False)), **settings}
     if len(given) > 2 or set(settings) - known or not {"default", "doc"} <= set(settings):
         raise BadInput(f"{where} is not param(default, doc, low=…, high=…), see `param`.")
+    if wrong := [key for key, kinds in _SETTINGS.items() if not _fits(settings.get(key), kinds)]:
+        raise BadInput(f"{where} has a setting that `param` does not take, {wrong[0]}.")
+    settings["under"] = settings.get("under") or {}
+    if not set(settings["under"]) <= set(_SHORTER):
+        raise BadInput(f"{where}: under is by recipe, {' or '.join(map(repr, _SHORTER))}.")
     return Field(name, kind, **settings)
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    return value is None or type(value) in kinds
 
 
 def _literal(value: ast.expr, where: str) -> Any:
