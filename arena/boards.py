@@ -17,6 +17,7 @@ A board's keys and the flags are the same words:
     attack = "patch"     # as in the list above
     asr = 99.0           # percent; acc likewise
     source = "paper, table, network"
+    defense = "finetune" # what is told of a repair by it; without, of the victim
 
     [held_back]          # a part that only the maintainer can run, `arena submit run --secret`
     commitment = "…"     # sha256 of the file with the secret
@@ -50,10 +51,11 @@ MOST_CELLS = 50_000  # of one board: planning more than that takes minutes
 
 @dataclass(frozen=True)
 class Published:
-    """What a paper reports about a victim before any defense, in its own setting."""
+    """What a paper reports about a victim, or about one that a defense repaired, in its setting."""
 
     attack: str  # a spec of the board's list
     source: str  # paper, table, network
+    defense: str = ""  # another one; empty: before any defense
     acc: float | None = None  # percent
     asr: float | None = None  # percent
 
@@ -135,6 +137,11 @@ class Board:
                     f"The board {self.name!r} has published figures for {figure.attack!r}, which "
                     f"is not among its attacks; {nearest(figure.attack, self.attack)}."
                 )
+            if figure.defense and figure.defense not in self.defense:
+                raise BadInput(
+                    f"The board {self.name!r} has published figures for {figure.defense!r}, which "
+                    f"is not among its defenses; {nearest(figure.defense, self.defense)}."
+                )
         for seed in self.seed:
             if not 0 <= seed < 2**31:
                 raise BadInput(f"A seed lies between 0 and 2147483647, got {seed}.")
@@ -148,11 +155,15 @@ class Board:
 
     def definition(self) -> dict[str, Any]:
         """The board as JSON, without its name, and without what it does not ask for."""
-        return {
+        found = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
             if name != "name" and (name not in _OPTIONAL or value)
         }
+        for figure in found.get("published", ()):
+            if not figure["defense"]:
+                del figure["defense"]
+        return found
 
     def attacks(self) -> list[Any]:
         """The attacks as instances, the clean twin first. Raises BadInput."""

@@ -40,6 +40,7 @@ from arena.core.registry import (
     BadInput,
     attacks,
     code_hash,
+    defenses,
     files_of,
     nearest,
     registry_of,
@@ -1101,10 +1102,14 @@ class Runner:
 
 def _published(board: Board) -> list[dict[str, Any]]:
     """The board's published figures under the full specs that records have."""
-    return [
-        dataclasses.asdict(figure) | {"attack": spec_of(attacks.build(figure.attack, board.recipe))}
-        for figure in board.published
-    ]
+    found = []
+    for figure in board.published:
+        told = dataclasses.asdict(figure)
+        told["attack"] = spec_of(attacks.build(figure.attack, board.recipe))
+        if figure.defense:
+            told["defense"] = spec_of(defenses.build(figure.defense, board.recipe))
+        found.append(told)
+    return found
 
 
 @contextmanager

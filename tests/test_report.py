@@ -245,6 +245,33 @@ def test_pages_and_files_show_published_figures(tmp_path) -> None:
     assert "published figures" not in (tmp_path / "leaderboard.md").read_text()
 
 
+def test_repairs_stand_beside_what_papers_report_of_them(rows: list[dict], tmp_path) -> None:
+    first = next(r for r in rows if r["defense_name"] == "finetune" and r["attack_name"] == "patch")
+    spec = first["defense"]
+    told = {"attack": "patch:target=0", "defense": spec, "acc": 88.0, "asr": 20.0, "source": "it"}
+    other = {**told, "defense": "gone:x=1"}
+    frame = tables.published_repairs(rows, [*FIGURES, told, other])
+    [line] = frame.to_dict("records")
+    [own] = [
+        cell
+        for cell in tables.cells(rows).to_dict("records")
+        if (cell["attack"], cell["defense"]) == ("patch:target=0", spec)
+    ]
+    assert (line["asr"], line["acc_drop"]) == (own["asr"], own["acc_drop"])
+    assert (line["published_asr"], line["published_drop"]) == (0.2, pytest.approx(0.02))
+    assert set(tables.published(rows, [*FIGURES, told])["attack"]) == {
+        "patch:target=0",
+        "sig:target=0",
+    }
+    [line] = tables.published_repairs(rows, [told]).to_dict("records")
+    assert math.isnan(line["published_drop"]), "the paper's victim is not known"
+    records = [record("patch", defense) for defense in DEFENSES]
+    told["defense"] = records[0]["defense"]["spec"]
+    write_leaderboard(records, PICTURES, tmp_path, published=[*FIGURES, told])
+    for name in ("index.html", "leaderboard.md"):
+        assert "Repairs beside published figures" in (tmp_path / name).read_text()
+
+
 def test_a_weak_attack_moves_no_mean(rows: list[dict]) -> None:
     lucky = {"der": 1.0, "status": "ok"}  # whatever a defense says: the victim was none
     shifted = [

@@ -65,6 +65,7 @@ class Section:
     matrix: Matrix
     attacks: tables.View
     published: tables.View
+    repairs: tables.View
     hiding: tables.View
     weak: tables.View
 
@@ -256,6 +257,7 @@ def _exported(
         "cells": _everything(rows),
         "attacks": tables.attacks(rows),
         "published": tables.published(rows, published),
+        "published_repairs": tables.published_repairs(rows, published),
         "hiding": tables.hiding(rows),
         "not_established": tables.not_established(rows)[[*tables.WEAK_VIEW]],
         "failures": tables.failures(rows),
@@ -325,6 +327,7 @@ def _sections(rows: list[Row], published: Figures) -> list[Section]:
             matrix=_matrix(group),
             attacks=tables.view(tables.attacks(group)),
             published=tables.view(tables.published(group, published)),
+            repairs=tables.view(tables.published_repairs(group, published)),
             hiding=tables.view(tables.hiding(group)),
             weak=tables.view(tables.not_established(group)[[*tables.WEAK_VIEW]]),
         )
@@ -598,6 +601,7 @@ def _markdown(
     for heading, frame in (
         ("Attacks", tables.attacks(rows)),
         ("Beside published figures", tables.published(rows, published)),
+        ("Repairs beside published figures", tables.published_repairs(rows, published)),
         ("How far stamped images are from the target class (MMD²)", tables.hiding(rows)),
         (
             "Attack not established: shown, not ranked",

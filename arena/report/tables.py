@@ -334,9 +334,10 @@ def published(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]]) -> pd.D
     """One line per attack that has a published figure: what was measured, and how far it is off.
 
     figures: each with "attack" (the full spec), "source", and "acc", "asr" in percent or None.
-    `asr_gap` is the measured ASR less the published one.
+    `asr_gap` is the measured ASR less the published one. Those with "defense" stand in
+    `published_repairs`.
     """
-    known = {figure["attack"]: figure for figure in figures}
+    known = {figure["attack"]: figure for figure in figures if not figure.get("defense")}
     lines: list[Row] = []
     for line in _records(attacks(rows)):
         if (figure := known.get(line["attack"])) is None:
@@ -350,6 +351,33 @@ def published(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]]) -> pd.D
     columns = (*CONTEXT, "attack", *_paired(("asr_before",)), "published_asr", "asr_gap")
     columns += ("clean_twin_asr", *_paired(("acc_before",)), "clean_twin_acc", "published_acc")
     return _frame(lines, (*columns, "seeds", "source", "attack_short"))
+
+
+def published_repairs(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """One line per attack and defense that have a published figure: what the repair left and cost.
+
+    figures: as of `published`, with "defense" (the full spec) as well; `published_drop` is from the
+    victim's own figure to that after the repair, where the board has both.
+    """
+    told = [*figures]
+    before = {f["attack"]: number(f.get("acc")) for f in told if not f.get("defense")}
+    known = {(f["attack"], f["defense"]): f for f in told if f.get("defense")}
+    lines: list[Row] = []
+    chosen = current(rows)
+    for frame in (cells(chosen), not_established(chosen)):
+        for line in _records(frame):
+            if (figure := known.get((line["attack"], line["defense"]))) is None:
+                continue
+            acc, asr = number(figure.get("acc")), number(figure.get("asr"))
+            whole = before.get(line["attack"])
+            line["published_asr"] = None if asr is None else asr / 100
+            line["published_acc"] = None if acc is None else acc / 100
+            drop = None if acc is None or whole is None else (whole - acc) / 100
+            line["published_drop"] = drop
+            lines.append(line | {"source": figure["source"]})
+    columns = (*CONTEXT, "attack", "defense", *_paired(("asr",)), "published_asr")
+    columns += (*_paired(("acc_drop",)), "published_drop", *_paired(("acc",)), "published_acc")
+    return _frame(lines, (*columns, "seeds", "notes", "source", *_SHORTS))
 
 
 def measures(rows: Sequence[Row]) -> pd.DataFrame:
@@ -436,6 +464,7 @@ _FLOATS = {
     *BUDGET,
     "published_acc",
     "published_asr",
+    "published_drop",
     "asr_gap",
     "p_best",
 }
@@ -475,6 +504,7 @@ _PERCENT = {
     "clean_twin_asr": "twin to target %",
     "published_acc": "published ACC %",
     "published_asr": "published ASR %",
+    "published_drop": "published ACC drop",
     "asr_gap": "ASR gap",
     "distance_gain": "gain %",
     "robust_acc": "robust ACC %",
