@@ -8,6 +8,7 @@ from arena.boards import read_board
 from arena.core.registry import BadInput
 from arena.report import tables
 from arena.report.page import Entry
+from arena.report.rows import flatten
 from arena.report.site import Board, Card, checked_rows, published_files, read_published
 from arena.submissions import entries
 from arena.submissions.cards import Altered
@@ -20,13 +21,16 @@ def read(folder: Path) -> Board:
 
 def faults(folder: Path) -> list[str]:
     """What is wrong with a published board, a sentence each: a table that is not what its rows
-    make, an entry without a verified card, a cell that two sources have."""
+    make, an entry without a verified card, a cell that two sources have, a paper's figure without
+    a row."""
     try:
         board = read(folder)
         found = [note for note in board.notes if " also in " in note]
         found += _unverified(folder)
         if (folder / "results.json").is_file():
-            for name, text in published_files(read_published(folder)).items():
+            own = read_published(folder)
+            found += _unmatched(own)
+            for name, text in published_files(own).items():
                 path = folder / name
                 if not path.is_file() or path.read_text(encoding="utf-8") != text:
                     found.append(
@@ -36,6 +40,18 @@ def faults(folder: Path) -> list[str]:
     except BadInput as error:
         return [str(error)]
     return found
+
+
+def _unmatched(board: Board) -> list[str]:
+    """Papers' figures whose attack, or attack and defense, stand in no row under that spec."""
+    rows = {(row["attack"], row["defense"]) for row in map(flatten, board.records)}
+    rows |= {(attack, "") for attack, _ in rows}
+    return [
+        f"{board.name}/about.json: no row has the spec of what "
+        f"{tables.clean_text(figure.get('source'))} tells of."
+        for figure in board.published
+        if (figure.get("attack"), figure.get("defense") or "") not in rows
+    ]
 
 
 def _unverified(folder: Path) -> list[str]:

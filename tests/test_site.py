@@ -265,6 +265,23 @@ def test_a_stale_table_and_an_unverified_card_are_faults(
     assert arena("leaderboard", "check", tmp_path, "--fix").code == 0
 
 
+def test_a_papers_figure_that_no_row_answers_is_a_fault(tmp_path: Path) -> None:
+    """As where it names an attack in short, and rows have the full spec."""
+    rows = [flatten(item) for item in board()]
+    folder = publish(tmp_path / "toy", board())
+    path = folder / "about.json"
+    full = {"attack": rows[-1]["attack"], "defense": rows[-1]["defense"], "source": "a paper"}
+    for changed, told in (
+        ({}, []),
+        ({"defense": ""}, []),
+        ({"attack": "gone"}, ["toy/about.json: no row has the spec of what a paper tells of."]),
+        ({"defense": "gone"}, ["toy/about.json: no row has the spec of what a paper tells of."]),
+    ):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "published": [full | changed]}))
+        arena("leaderboard", "check", tmp_path, "--fix")
+        assert faults(folder) == told
+
+
 def test_a_site_of_published_boards(tmp_path: Path, short_entries: None) -> None:
     folder = publish(tmp_path / "boards/toy", board())
     publish(tmp_path / "boards/empty", [record(key="e", board={"name": "empty", "version": 1})])
