@@ -92,6 +92,11 @@ def drawing(
     )  # fmt: skip
 
 
+def _numbered(classes: Sequence[str]) -> list[str]:
+    """Names of classes with their numbers, since long ones may be cut to the same words."""
+    return [f"{i} {name}" for i, name in enumerate(classes)]
+
+
 def _short(name: str, most: int = 26) -> str:
     text = tables.clean_text(name)
     return text if len(text) <= most else f"{text[: most - 1]}…"
@@ -293,7 +298,7 @@ def per_class(shares: Mapping[str, Sequence[float | None]], classes: Sequence[st
         axes = sheet.add_subplot()
         shown = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         sheet.colorbar(shown, ax=axes, label="ASR, %")
-        _names(axes, classes, names)
+        _names(axes, _numbered(classes), names)
         if len(names) * len(classes) <= MOST_NUMBERS:
             _numbers(axes, values, 50)
         return sheet
@@ -323,7 +328,7 @@ def distance_maps(
         panels = sheet.subplots(1, 2, sharey=True)
         for axes, values, word in zip(panels, both, ("before", "after"), strict=True):
             shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=high)
-            _names(axes, classes, classes)
+            _names(axes, _numbered(classes), _numbered(classes))
             axes.set_title(word, fontsize=9)
             axes.set_xlabel("target")
             if len(classes) <= 12:
