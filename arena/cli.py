@@ -1,7 +1,8 @@
 """The command line: a thin skin that parses, calls one function and prints.
 
 Exit codes: 0 done, 1 some cells failed, 2 bad input (one sentence on standard error, nothing
-written), 130 stopped by the user. Heavy modules are imported inside the commands.
+written), 130 stopped by the user, 143 by SIGTERM (as clusters send it), 129 by a terminal that
+closed. Heavy modules are imported inside the commands.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,14 +137,16 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(prog_name="arena", standalone_mode=False)
+        with _stoppable() as stopped:
+            code = app(prog_name="arena", standalone_mode=False)
     except BadInput as error:
         sys.exit(_complain(str(error)))
     except UsageError as error:
         sys.exit(_complain(_usage(error)))
     except (KeyboardInterrupt, typer.Abort):
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+        with suppress(OSError):  # the terminal may be gone
+            print("Stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(128 + stopped.get("by", signal.SIGINT))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
@@ -153,6 +158,28 @@ def main() -> None:
         place = error.filename2 or error.filename
         sys.exit(_complain(f"{str(place)!r} cannot be used: {error.strerror}; name another place."))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _stoppable() -> Iterator[dict[str, int]]:
+    """Inside, SIGTERM and SIGHUP stop as Ctrl-C does, with what was reached written down; "by" of
+    what is yielded is then the signal."""
+    told: dict[str, int] = {}
+
+    def stop(number: int, _: object) -> None:
+        told["by"] = number
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish stands
+                before[number] = signal.signal(number, stop)
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _complain(text: str) -> int:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -654,6 +655,25 @@ def test_long_work_tells_its_share_and_the_time_left(capsys, monkeypatch) -> Non
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].endswith("the gan: 40%, about 45 s left")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_as_ctrl_c_does(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters send SIGTERM before they kill; a terminal that closes sends SIGHUP."""
+    before = signal.getsignal(number)
+    if number == signal.SIGHUP and before is signal.SIG_IGN:
+        pytest.skip("the tests were started with nohup, whose wish stands")
+
+    def work(**_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        raise AssertionError("the signal did not stop it")
+
+    monkeypatch.setattr(cli, "app", work)
+    answer = arena("list")
+    assert (answer.code, answer.err.count("\n")) == (128 + number, 1)
+    assert "goes on from here" in answer.err
+    assert signal.getsignal(number) is before
 
 
 def test_a_sandbox_that_is_required_and_cannot_be_had_is_one_sentence(tmp_path) -> None:
