@@ -139,6 +139,8 @@ def main() -> None:
     try:
         with _stoppable() as stopped:
             code = app(prog_name="arena", standalone_mode=False)
+            if code == 128 + signal.SIGINT:  # newer typer ends so, without a word
+                raise KeyboardInterrupt
     except BadInput as error:
         sys.exit(_complain(str(error)))
     except UsageError as error:

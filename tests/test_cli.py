@@ -664,13 +664,13 @@ def test_a_signal_stops_as_ctrl_c_does(number: int, monkeypatch: pytest.MonkeyPa
     if number == signal.SIGHUP and before is signal.SIG_IGN:
         pytest.skip("the tests were started with nohup, whose wish stands")
 
-    def work(**_: object) -> None:
+    def work(*_: object, **__: object) -> None:
         os.kill(os.getpid(), number)
         time.sleep(5)
         raise AssertionError("the signal did not stop it")
 
-    monkeypatch.setattr(cli, "app", work)
-    answer = arena("list")
+    monkeypatch.setattr(listing, "describe", work)
+    answer = arena("info", "patch")
     assert (answer.code, answer.err.count("\n")) == (128 + number, 1)
     assert "goes on from here" in answer.err
     assert signal.getsignal(number) is before
