@@ -280,6 +280,9 @@ def test_a_papers_figure_that_no_row_answers_is_a_fault(tmp_path: Path) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "published": [full | changed]}))
         arena("leaderboard", "check", tmp_path, "--fix")
         assert faults(folder) == told
+    path.write_text(json.dumps({**json.loads(path.read_text()), "published": [{"asr": 3}, 4]}))
+    assert "Traceback" not in arena("leaderboard", "check", tmp_path, "--fix").err
+    assert faults(folder) == []
 
 
 def test_a_site_of_published_boards(tmp_path: Path, short_entries: None) -> None:

@@ -761,6 +761,11 @@ def test_a_board_may_name_its_verifiers(
     card = cards.sealed({**verified["card"], "board": told})
     for signing, code in ((None, 2), (here / "key.pem", 2), (tmp_path / "maintainer.pem", 0)):
         found = cards.sealed({**verified["verification"], "card": card["hash"]}, signing)
+        if code:  # known before anything is verified with that key
+            with pytest.raises(BadInput, match="lets in what one of its verifiers has signed"):
+                entries.check_open(card, to, signing)
+        else:
+            entries.check_open(card, to, signing)
         value = {"card": card, "verification": found}
         done = arena("leaderboard", "add", written(tmp_path / "v.json", value), "--to", to)
         assert done.code == code, done.err

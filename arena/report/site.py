@@ -124,7 +124,11 @@ def read_published(folder: Path | str, cards: Sequence[Card] = ()) -> Board:
         records=rows,
         title=str(about.get("title") or f"Backdoor Arena: {root.name}"),
         command=str(about.get("command") or ""),
-        published=[f for f in about.get("published") or () if isinstance(f, Mapping)],
+        published=[
+            f
+            for f in about.get("published") or ()
+            if isinstance(f, Mapping) and {"attack", "source"} <= f.keys()
+        ],
         pictures=_pictures(about.get("pictures"), root / "about.json"),
         metrics=[metric._asdict() for metric in known],
         facts=[(str(n), [*map(str, v)]) for n, v in (about.get("facts") or {}).items()],
