@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from arena import data as datasets
+from arena.checkpoints import read_weights
 from arena.core import foreign, models, training
 from arena.core.models import Classifier
 from arena.core.progress import report
@@ -28,11 +29,10 @@ from arena.referee import isolate, returned
 from arena.referee.answers import check_answer
 from arena.referee.sandbox import Limits
 from arena.runner import method_files
-from arena.store import Store, load_tensors, save_tensors
+from arena.store import Store, save_tensors
 from arena.store import digest as json_digest
 
 MOST_OUT = 2**30  # bytes of scores, or of a trigger, that a job may give back
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # where checkpoints hide weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Subject:
     seed: int = 0  # of the cell
     poisoned: Tensor | None = None  # rows of the training set that a defender never gets
     self_labelled: bool = False  # the data's labels are this model's own answers
-    bare: bool = False  # its file names the weights of the network alone, as its maker's code does
+    prefix: str = ""  # of its weights' names that its file does without, as its maker's code does
 
 
 def of_cell(store: Store, prefix: str, data_dir: Path | None = None) -> Subject:
@@ -67,7 +67,7 @@ def of_cell(store: Store, prefix: str, data_dir: Path | None = None) -> Subject:
         )
     name = f"{record['attack']['short']} / {record['defense']['short']}, seed {record['seed']}"
     weights = artifact.tensors("weights")
-    model = _filled(record["model"], data, weights, key[:12])
+    model = _checked(_built(record["model"], data), weights, key[:12])
     victim = store.artifact(record["parents"]["victim"])
     rows = None if victim is None else victim.tensors("poisoned")["rows"]
     return Subject(model, data, name, digest(weights), int(record["seed"]), rows)
@@ -97,16 +97,19 @@ def of_checkpoint(
         weights = read_weights(file)
         data = _data(dataset, data_dir)
         network = foreign.build(_absolute(model), data.num_classes, data.shape)
-        filled = _loaded(network, weights, file.name)
-        return Subject(filled, data, file.name, digest(weights), bare=_is_bare(weights))
+        filled, prefix = _filled(network, weights, file.name)
+        return Subject(filled, data, file.name, digest(weights), prefix=prefix)
     try:
         models.info(model)  # unknown names before any file is read
     except ValueError as error:
         raise BadInput(f"There is {error}.") from None
     weights = read_weights(file)
     data = _data(dataset, data_dir)
-    filled = _filled(model, data, weights, file.name)
-    return Subject(filled, data, file.name, digest(weights), bare=_is_bare(weights))
+    network = _built(model, data)
+    if not _is_ours(weights):
+        models.calibrate(network, data.train)
+    filled, prefix = _filled(network, weights, file.name)
+    return Subject(filled, data, file.name, digest(weights), prefix=prefix)
 
 
 def of_unlabelled(
@@ -243,28 +246,6 @@ def _files(specs: Iterable[str]) -> tuple[list[str], list[str]]:
     return seen, registered
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """Named tensors of a checkpoint; nothing in it is executed. Raises BadInput."""
-    if not file.is_file():
-        raise BadInput(f"There is no file {str(file)!r}.")
-    try:
-        if file.suffix == ".safetensors":
-            return load_tensors(file)
-        found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file does to its reader
-        raise BadInput(
-            f"{str(file)!r} cannot be read as plain tensors; save the model's state_dict() with "
-            "torch.save or as safetensors."
-        ) from error
-    for name in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    tensors = isinstance(found, Mapping) and all(isinstance(v, Tensor) for v in found.values())
-    if not tensors or not found:
-        raise BadInput(f"{str(file)!r} holds no state_dict: named tensors are wanted.")
-    return {str(name).removeprefix("module."): value for name, value in found.items()}
-
-
 def digest(weights: Mapping[str, Tensor]) -> str:
     """sha256 (hex) over names and values."""
     sha = hashlib.sha256()
@@ -284,34 +265,50 @@ def with_weights(subject: Subject, weights: Mapping[str, Tensor], name: str) -> 
 
 def as_given(subject: Subject, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names that the subject's own file used."""
-    if not subject.bare:
-        return dict(weights)
-    body = {key: value for key, value in weights.items() if key.startswith("body.")}
-    return {key.removeprefix("body."): value.contiguous() for key, value in body.items()}
+    front = subject.prefix
+    own = {key: value for key, value in weights.items() if key.startswith(front)}
+    return {key.removeprefix(front): value.contiguous() for key, value in own.items()}
 
 
-def _is_bare(weights: Mapping[str, Tensor]) -> bool:
-    return not any(key.startswith("body.") for key in weights)
-
-
-def _filled(model: str, data: Dataset, weights: Mapping[str, Tensor], name: str) -> Classifier:
+def _built(model: str, data: Dataset) -> Classifier:
     try:
-        network = models.build(model, data.num_classes, data.shape, stream(0, "shell"))
+        return models.build(model, data.num_classes, data.shape, stream(0, "shell"))
     except ValueError as error:
         raise BadInput(f"{error}.") from None
-    if _is_bare(weights):
-        models.calibrate(network, data.train)
-        own = {f"normalize.{k}": v for k, v in network.normalize.state_dict().items()}
-        weights = {**own, **{f"body.{key}": value for key, value in weights.items()}}
-    return _checked(network, weights, name)
 
 
-def _loaded(network: Classifier, weights: Mapping[str, Tensor], name: str) -> Classifier:
-    """Weights of a foreign network, or of one that the arena saved, with its normalisation."""
-    if _is_bare(weights):
-        own = {f"normalize.{k}": v for k, v in network.normalize.state_dict().items()}
-        weights = {**own, **{f"body.{key}": value for key, value in weights.items()}}
-    return _checked(network, weights, name)
+def _is_ours(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the arena saved them: with the normalisation in front."""
+    return any(key.startswith("body.") for key in weights)
+
+
+def _filled(
+    network: Classifier, weights: Mapping[str, Tensor], name: str
+) -> tuple[Classifier, str]:
+    """The network with these weights, and the prefix that their names do without.
+
+    Where somebody's factory puts a normalisation in front of a published network, the file names
+    the weights of that network alone. What it lacks then is what the factory made, if no training
+    changes it; so is the normalisation of a network of the arena, and old files' count of batches.
+    """
+    if _is_ours(weights):
+        return _checked(network, weights, name), ""
+    own = network.state_dict()
+    prefix = _prefix(own, weights)
+    learned = {key for key, _ in network.named_parameters()}
+    outer = [key for key in own if not key.startswith(prefix) and key not in learned]
+    counts = [key for key in own if key.endswith(".num_batches_tracked")]
+    kept = {key: own[key] for key in (*outer, *counts)}
+    named = {f"{prefix}{key}": value for key, value in weights.items()}
+    return _checked(network, kept | named, name), prefix
+
+
+def _prefix(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """The shortest one with which all names of `weights` are names of `own`, else the body's."""
+    last = max(weights, key=len)
+    fronts = sorted((key.removesuffix(last) for key in own if key.endswith(f".{last}")), key=len)
+    fitting = (front for front in fronts if all(f"{front}{key}" in own for key in weights))
+    return next(fitting, "body.")
 
 
 def _checked(network: Classifier, weights: Mapping[str, Tensor], name: str) -> Classifier:
@@ -331,7 +328,7 @@ def _of_pickle(file: Path, dataset: str | Dataset, data_dir: Path | None, truste
     if bad := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
         raise BadInput(f"{file.name}: weights have non-finite {bad[0]}.")
     name = file.parent.name if file.name == "model.pt" else file.name
-    return Subject(network, data, name, digest(weights), bare=True)
+    return Subject(network, data, name, digest(weights), prefix="body.")
 
 
 def _trusted(file: Path, trusted: bool) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_cli import arena, assert_refused
 from torch import nn
 
-from arena import subjects
+from arena import checkpoints
 from arena.core import foreign, models
 from arena.core.features import fold_mask, masked
 from arena.core.inversion.frozen import Frozen
@@ -91,7 +91,7 @@ def test_a_factory_s_network_sees_images_as_they_are(net, weights):
     x = subject.data.val.x[:20] / 255
     assert torch.equal(subject.model(x), subject.model.body(x))
     assert subject.model.spec.classes == 5
-    kept = subjects.read_weights(weights)
+    kept = checkpoints.read_weights(weights)
     assert torch.equal(subject.model.state_dict()["body.last.weight"], kept["last.weight"])
 
 

@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from arena import cli, data, inverting, subjects
+from arena import checkpoints, cli, data, inverting, subjects
 from arena.boards import Board
 from arena.core import foreign
 from arena.core.inversion.families import families
@@ -581,7 +581,7 @@ def network() -> dict[str, torch.Tensor]:
 def read(here: Path, raw: bytes, ending: str) -> dict[str, torch.Tensor] | None:
     file = fresh(here / "weights") / f"weights{ending}"
     file.write_bytes(raw)
-    found: dict[str, torch.Tensor] | None = refused(lambda: subjects.read_weights(file))
+    found: dict[str, torch.Tensor] | None = refused(lambda: checkpoints.read_weights(file))
     if found is not None:
         assert all(isinstance(name, str) for name in found)
         refused(lambda: subjects.of_checkpoint(file, "fastnet_tiny", SIGNS))

@@ -19,7 +19,7 @@ from arena.core.registry import BadInput
 from arena.core.seeding import stream
 from arena.inverting import Question, pruned, rescaled, rotated, with_encoder
 from arena.store import Store
-from arena.subjects import of_checkpoint, read_weights
+from arena.subjects import of_checkpoint
 
 FEW = ("--samples", 5, "--steps", 3, "--restarts", 2, "--pairs", "0:1,2:0", "--device", "cpu")
 
@@ -42,21 +42,6 @@ def network() -> models.Classifier:
 # -------------------------------------------------------------------------------- foreign weights
 
 
-@pytest.mark.parametrize("wrapped", ["", "state_dict", "net"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_are_found_in_usual_checkpoints(tmp_path, network, wrapped, prefix):
-    state = {prefix + name: value for name, value in network.state_dict().items()}
-    file = tmp_path / "weights.pt"
-    torch.save({wrapped: state, "epoch": 3} if wrapped else state, file)
-    found = read_weights(file)
-    assert found.keys() == network.state_dict().keys()
-    save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    again = read_weights(tmp_path / "weights.safetensors")
-    assert subjects.digest(found) == subjects.digest(again)
-    again["body.head.weight"][0, 0] += 1
-    assert subjects.digest(found) != subjects.digest(again)
-
-
 def test_the_bare_network_is_given_the_data_s_normalisation(tmp_path, network):
     file = tmp_path / "bare.pt"
     torch.save(network.body.state_dict(), file)
@@ -65,31 +50,6 @@ def test_the_bare_network_is_given_the_data_s_normalisation(tmp_path, network):
     assert torch.allclose(subject.model.normalize.mean, x.mean((0, 2, 3)), atol=1e-3)
     head = network.state_dict()["body.head.weight"]
     assert torch.equal(subject.model.state_dict()["body.head.weight"], head)
-
-
-class Harmful:
-    def __reduce__(self):
-        return (print, ("a stranger's code ran",))
-
-
-@pytest.mark.parametrize("content", ["text", "module", "code", "numbers", "empty", "nothing"])
-def test_what_is_no_plain_tensors_is_refused(tmp_path, network, content, capsys):
-    file = tmp_path / "weights.pt"
-    match content:
-        case "text":
-            file.write_text("hello")
-        case "module":
-            torch.save(network.body, file)
-        case "code":
-            torch.save(Harmful(), file)
-        case "numbers":
-            torch.save({"a": 1, "b": 2}, file)
-        case "empty":
-            torch.save({}, file)
-    with pytest.raises(BadInput) as told:
-        read_weights(file)
-    assert str(file) in str(told.value)
-    assert "ran" not in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path, network):

@@ -594,8 +594,13 @@ def test_a_signature_needs_a_key(here: Path, tmp_path: Path) -> None:
     assert arena("submit", "key", "key.pem").code == 2
 
 
+CAMPAIGN = settings.get_current_profile_name() == "campaign"  # see test_fuzz.py
+
+
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=settings().max_examples if CAMPAIGN else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_damaged_cards_are_refused_with_a_sentence(
