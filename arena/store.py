@@ -163,9 +163,12 @@ class Store:
     def save(
         self, key: str, parts: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
     ) -> Artifact:
-        """Write an artifact: one safetensors file per part, then the folder appears at once."""
-        temporary = self.root / "artifacts" / f".new-{uuid.uuid4().hex}"
+        """Write an artifact: one safetensors file per part, then the folder appears at once.
+
+        Only for the holder of the key's lock, who also clears what a kill left half-written."""
+        temporary = self.root / "artifacts" / f".new-{key}"
         folder = self._folder(key)
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             files = {}

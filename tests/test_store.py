@@ -165,6 +165,19 @@ def test_other_errors_are_not_called_a_full_disk(
     assert files_in(tmp_path) == []
 
 
+def test_what_a_kill_left_of_an_artifact_goes_with_the_next_one(store: Store) -> None:
+    store.create()
+    left = store.root / "artifacts" / f".new-{KEY}"
+    left.mkdir()
+    (left / ".tmp").write_bytes(b"half of the weights")
+    artifact = store.save(KEY, PARTS, {})
+    assert {path.name for path in artifact.folder.iterdir()} == {
+        *artifact.meta["files"],
+        "meta.json",
+    }
+    assert not left.exists()
+
+
 def test_saving_the_same_again_keeps_the_first(
     store: Store, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
