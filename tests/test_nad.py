@@ -74,12 +74,12 @@ class Fits:
 def test_teacher_and_student_follow_the_schedule(planted, clean, rng, monkeypatch):
     fits = Fits()
     monkeypatch.setattr(nad, "fit", fits)
-    defenses.build("nad:teacher_epochs=6,teacher_lr=0.02,lr=0.03").repair(planted, clean, rng)
+    defenses.build("nad:teacher_epochs=6,lr=0.03").repair(planted, clean, rng)
     (teacher, _, first, plain), (student, _, second, more) = fits.calls
     assert teacher is not planted
     assert student is not planted
     assert teacher is not student
-    assert (first.epochs, first.lr) == (6, 0.02)
+    assert (first.epochs, first.lr) == (6, 0.03)
     assert (second.epochs, second.lr) == (10, 0.03)
     assert first.drop_at == pytest.approx((1 / 3, 2 / 3))
     assert second.drop_at == pytest.approx((0.2, 0.4, 0.6, 0.8))
@@ -99,7 +99,7 @@ def test_the_extra_loss_is_the_weighted_distance_to_the_teacher(planted, clean, 
     fits = Fits(shake)
     monkeypatch.setattr(nad, "fit", fits)
     monkeypatch.setattr(nad, "autocast", lambda _: torch.autocast("cpu", enabled=False))
-    defenses.build("nad:beta_shallow=3,beta_middle=7,power=1.5").repair(planted, clean, rng)
+    defenses.build("nad:beta_shallow=3,beta_middle=7,power=1.5,lr=0.01").repair(planted, clean, rng)
     teacher, (student, _, _, more) = fits.calls[0][0], fits.calls[1]
     batch = clean.take(torch.arange(10))
     batch = batch._each(lambda part: part / 255 if part.ndim == 4 else part)
@@ -166,7 +166,7 @@ def test_distillation_draws_attention_to_the_teachers(planted, clean, monkeypatc
     fit, teachers = nad.fit, []
 
     def crooked(model, data, plan, rng, **more):
-        if more["what"] == "teacher":
+        if more["what"].startswith("teacher"):
             teachers.append(model)
             with torch.no_grad():  # it no longer looks at the bright pixels of a colour
                 model.body.block1[0].weight.copy_(model.body.block1[0].weight.roll(1, 0) * 0.5)

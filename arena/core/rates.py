@@ -1,0 +1,64 @@
+"""The learning rate of a fine-tuning: the largest that held-out clean accuracy bears.
+
+How much of a backdoor fine-tuning forgets is decided by its first rate, and which rate a network
+bears differs tenfold: on CIFAR-10 NAD's 0.1 is needed for its WRN-16-1 (0.01 leaves the backdoor
+whole) and wrecks others. The defender sees clean accuracy only, so that decides.
+
+Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), with one between. The search is
+    this arena's; the papers fix a rate per network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Generator
+
+from arena.core.contracts import Images
+from arena.core.models import Classifier
+from arena.core.training import accuracy, split
+
+RATES = (0.1, 0.03, 0.01)
+MOST_HELD = 1000  # images: more tell no more
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A rate to try on `images`."""
+
+    rate: float
+    images: Images
+    held: Images | None  # None: there is no lower rate, and nothing to decide
+    floor: float = 0.0
+
+    def bears(self, tuned: Classifier) -> bool:
+        """Whether this rate does not cost too much, or there is no other."""
+        return self.held is None or accuracy(tuned, self.held) >= self.floor
+
+
+def rungs(
+    model: Classifier,
+    clean: Images,
+    rng: Generator,
+    *,
+    lr: float | None,
+    max_drop: float,
+    held_out: float,
+) -> Iterator[Rung]:
+    """RATES from the largest down; whoever iterates stops at the first that the model bears: it
+    costs at most `max_drop` of the accuracy on the images held out.
+
+    lr: this rate alone, on all clean images. Where there is nothing to hold out, nothing can
+    decide, and it is the lowest of RATES.
+    """
+    if lr is not None:
+        yield Rung(lr, clean, None)
+        return
+    held, tune = split(clean, min(held_out, MOST_HELD / len(clean)), rng)
+    if not len(held) or not len(tune):
+        yield Rung(RATES[-1], clean, None)
+        return
+    floor = accuracy(model, held) - max_drop - 1e-9  # the drop itself is within the limit
+    for rate in RATES:
+        yield Rung(rate, tune, None if rate == RATES[-1] else held, floor)

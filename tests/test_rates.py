@@ -1,0 +1,123 @@
+"""The rate of a fine-tuning: the largest that held-out clean images bear, and they alone decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import toys
+from torch import Generator
+
+from arena.core import rates
+from arena.core.contracts import Images
+from arena.core.models import Classifier
+from arena.core.rates import RATES, Rung, rungs
+from arena.core.registry import defenses
+from arena.core.seeding import stream
+from arena.defenses import finetune, nad
+
+SETTINGS: dict[str, Any] = {"max_drop": 0.05, "held_out": 0.2}
+
+
+@pytest.fixture
+def planted() -> Classifier:
+    return toys.planted()
+
+
+@pytest.fixture
+def clean() -> Images:
+    return toys.images(200, stream(0, "clean"))
+
+
+def asked(planted: Classifier, clean: Images, **changes: Any) -> list[Rung]:
+    return list(rungs(planted, clean, stream(0, "rates"), **{"lr": None, **SETTINGS, **changes}))
+
+
+def test_rates_fall_and_the_images_that_decide_train_nothing(
+    planted: Classifier, clean: Images
+) -> None:
+    found = asked(planted, clean)
+    assert [rung.rate for rung in found] == sorted(RATES, reverse=True) == list(RATES)
+    for rung in found[:-1]:
+        assert rung.held is not None
+        both = torch.cat([rung.held.x, rung.images.x]).flatten(1)
+        assert (len(rung.held), len(rung.images)) == (40, 160)
+        assert torch.equal(both.unique(dim=0), clean.x.flatten(1).unique(dim=0))
+
+
+@pytest.mark.parametrize(("left", "borne"), [(0.96, True), (0.95, True), (0.94, False)])
+def test_a_rate_may_cost_so_much_and_no_more(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch, left: float, borne: bool
+) -> None:
+    seen: list[Images] = []
+
+    def accuracy(model: Classifier, images: Images) -> float:
+        seen.append(images)
+        return 1.0 if model is planted else left
+
+    monkeypatch.setattr(rates, "accuracy", accuracy)
+    *others, last = asked(planted, clean)
+    tuned = toys.planted()
+    assert [rung.bears(tuned) for rung in others] == [borne] * len(others)
+    assert last.bears(tuned), "there is no other rate"
+    assert all(images is others[0].held for images in seen)
+
+
+def test_a_rate_of_one_s_own_trains_on_all_images(planted: Classifier, clean: Images) -> None:
+    (rung,) = asked(planted, clean, lr=0.5)
+    assert (rung.rate, rung.images is clean, rung.bears(planted)) == (0.5, True, True)
+
+
+def test_with_nothing_to_hold_out_it_is_the_lowest(planted: Classifier, clean: Images) -> None:
+    for few, held_out in ((clean, 0.0), (clean.take(torch.arange(2)), 0.2)):
+        (rung,) = asked(planted, few, held_out=held_out)
+        assert (rung.rate, rung.images is few) == (RATES[-1], True)
+
+
+def test_no_more_are_held_out_than_tell(planted: Classifier) -> None:
+    many = toys.images(6000, stream(0, "many"))
+    assert len(asked(planted, many)[0].images) == 5000
+
+
+def wrecks(at_least: float, fits: list[str]) -> Any:
+    """Stands in for `fit`: what is trained at such a rate answers one class."""
+
+    def fit(model: Classifier, data: Images, plan: Any, rng: Generator, **more: Any) -> Classifier:
+        fits.append(more["what"])
+        if plan.lr >= at_least:
+            with torch.no_grad():
+                model.body.head.bias[1] += 1000  # type: ignore[index, union-attr]
+        return model.eval()
+
+    return fit
+
+
+def test_finetune_takes_the_first_that_is_borne(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[str] = []
+    monkeypatch.setattr(finetune, "fit", wrecks(0.1, fits))
+    repaired = defenses.build("finetune").repair(planted, clean, stream(0, "repair"))
+    assert fits == ["fine-tuning at 0.1", "fine-tuning at 0.03"]
+    assert rates.accuracy(repaired, clean) == 1
+
+
+def test_nad_has_no_student_of_a_wrecked_teacher(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[str] = []
+    monkeypatch.setattr(nad, "fit", wrecks(0.03, fits))
+    repaired = defenses.build("nad").repair(planted, clean, stream(0, "repair"))
+    assert fits == ["teacher at 0.1", "teacher at 0.03", "teacher at 0.01", "distillation at 0.01"]
+    assert rates.accuracy(repaired, clean) == 1
+
+
+def test_what_even_the_lowest_wrecks_is_given_all_the_same(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[str] = []
+    monkeypatch.setattr(nad, "fit", wrecks(0.0, fits))
+    repaired = defenses.build("nad").repair(planted, clean, stream(0, "repair"))
+    assert fits[-1] == "distillation at 0.01"
+    assert rates.accuracy(repaired, clean) < 0.5
