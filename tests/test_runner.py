@@ -688,7 +688,7 @@ def test_a_natural_victim_counts_the_code_of_the_family_that_finds_its_trigger()
 
 def test_a_defense_that_needs_all_images_is_refused_before_anything_is_trained(monkeypatch):
     monkeypatch.setattr(FineTune, "needs_share", 1.0, raising=False)
-    with pytest.raises(BadInput, match=r"finetune:epochs=1 trains on 100% .* to 1, not 0\.05"):
+    with pytest.raises(BadInput, match=r"finetune:epochs=1,\S+ trains on 100% .* to 1, not 0\.05"):
         make_plan(TINY)
     assert make_plan(dataclasses.replace(TINY, clean_share=1.0)).cells
 
