@@ -956,6 +956,9 @@ TABLE: dict[str, Any] = {
 @example(**{**TABLE, "labels": pa.array([0, 1, 2**62] * 2)}, features=None)
 @example(**{**TABLE, "labels": pa.array([0, 1, 2**63] * 2, pa.uint64())}, features=None)
 @example(**{**TABLE, "name": "image"}, features=None)  # two columns of one name
+@example(
+    **{**TABLE, "how": "path"}, features=b'{"info": {"features": {"image": {"_type": "Image"}}}}'
+)
 def test_parquet(
     here: Path,
     labels: Any,

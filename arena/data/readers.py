@@ -320,14 +320,18 @@ class _Layout(NamedTuple):
 def _layout(schema: Any, where: str, info: DatasetInfo) -> _Layout:
     """Which columns hold image and label, by the hub's feature description or by name and type."""
     features = _features(schema, where)
-    images = [name for name, feature in features.items() if feature.get("_type") == "Image"]
-    images += [
+    held = [
         field.name
         for field in schema
         if (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
         or pa.types.is_binary(field.type)
         or pa.types.is_large_binary(field.type)
     ]
+    images = [name for name, feature in features.items() if feature.get("_type") == "Image"]
+    paths = [n for n in images if n not in held and pa.types.is_struct(schema.field(n).type)]
+    images = [name for name in images if name not in paths] + held
+    if not images and paths:
+        raise DataError(f"{where} names files in {paths[0]!r} instead of holding the images")
     if not images:
         raise DataError(f"{where} has no column of encoded images, only {_listed(schema.names)}")
     named = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
