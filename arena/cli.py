@@ -26,9 +26,9 @@ import typer
 
 from arena import submit_cli
 from arena.core.registry import BadInput, nearest, split_spec
-from arena.leaderboard_cli import DataDirOption, JsonOption, StoreOption
+from arena.leaderboard_cli import DataDirOption, JsonOption, StoreOption, writable
 from arena.leaderboard_cli import app as leaderboard_app
-from arena.store import open_store
+from arena.store import check_writable, open_store
 
 if TYPE_CHECKING:
     from arena.boards import Board
@@ -610,7 +610,9 @@ def show(
     cell: Annotated[str, typer.Argument(help="The first letters of a cell's key.")],
     store: StoreOption = None,
     as_json: JsonOption = False,
-    picture: Annotated[Path | None, typer.Option(help="Where to write the pictures (PNG).")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(callback=writable, help="Where to write the pictures (PNG).")
+    ] = None,
 ) -> None:
     """One cell: metrics, provenance, pictures."""
     from arena import listing
@@ -638,7 +640,9 @@ def preview(
     seed: Annotated[int, typer.Option("--seed", "-s", help="A seed.")] = 0,
     data_dir: DataDirOption = None,
     store: StoreOption = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write (PNG).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", callback=writable, help="Where to write (PNG).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What an attack's trigger does to 8 images, without training a victim."""
@@ -698,7 +702,9 @@ def distance(
     seed: SeedOption = 0,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The heat map (PNG).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", callback=writable, help="The heat map (PNG).")
+    ] = None,
     data_dir: DataDirOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -767,7 +773,8 @@ def invert(
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where to write, without an ending.")
+        Path | None,
+        typer.Option("--out", "-o", callback=writable, help="Where to write, without an ending."),
     ] = None,
     data_dir: DataDirOption = None,
     store: StoreOption = None,
@@ -825,7 +832,9 @@ def scan(
     clean_share: CleanShareOption = None,
     recipe: MethodRecipeOption = "paper",
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The trigger's picture.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", callback=writable, help="The trigger's picture.")
+    ] = None,
     data_dir: DataDirOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -876,7 +885,10 @@ def repair(
     ] = 0.05,
     device: DeviceOption = "auto",
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The repaired weights; the report beside them.")
+        Path,
+        typer.Option(
+            "--out", "-o", callback=writable, help="The repaired weights; the report beside them."
+        ),
     ] = Path("repaired.safetensors"),
     data_dir: DataDirOption = None,
     store: StoreOption = None,
@@ -890,6 +902,10 @@ def repair(
 
     dataset = _named(dataset, images)
     share = _share(clean_share, checkpoint, dataset)
+    report = out.with_suffix(".md")
+    if report == out:
+        raise BadInput(f"{str(out)!r} is where the report goes; name a .safetensors file.")
+    check_writable(report)
     question = repairing.Question(
         tuple(defense or ()), scanner if scan else None, share, max_drop, recipe
     )
@@ -903,7 +919,6 @@ def repair(
         if asking:
             raise BadInput(repairing.unlabelled(subject, question, opened, device=_device(device)))
         found, weights = repairing.repair(subject, question, opened, device=_device(device))
-    report = out.with_suffix(".md")
     found["report"] = str(report)
     if weights is not None:
         save_tensors(out, as_given(subject, weights))

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from arena.core.registry import BadInput
+from arena.store import check_writable
 
 if TYPE_CHECKING:
     from arena.report.site import Board
+
+
+def writable(context: typer.Context, path: Path | None) -> Path | None:
+    """Of an option that names an output file: refused at once where none could be written."""
+    return path if path is None or context.resilient_parsing else check_writable(path)
+
 
 app = typer.Typer(no_args_is_help=True, help="Build, compare, check and publish leaderboards.")
 

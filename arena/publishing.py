@@ -74,6 +74,8 @@ def _to_hub(site: Path, name: str, really: bool, api: Any) -> None:
 def _to_folder(site: Path, folder: Path, really: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{str(folder)!r} is a file; name a folder.")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise BadInput(f"{str(folder)!r} is the folder you are in, or above it; name another one.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise BadInput(f"{str(folder)!r} holds files that no site put there; name an empty folder.")
     if not really:

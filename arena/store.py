@@ -74,6 +74,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise _explained(error, path) from error
 
 
+def check_writable(path: Path) -> Path:
+    """`path`, where a file could be written there. Raises BadInput, before hours are spent."""
+    if path.name in ("", "..") or path.is_dir():
+        raise BadInput(f"{str(path)!r} is a folder; name a file in it.")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise BadInput(f"{str(path)!r} cannot be written: {str(folder)!r} is a file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{str(path)!r} cannot be written: {str(folder)!r} is closed to you.")
+    return path
+
+
 def _explained(error: OSError, path: Path) -> OSError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(error.errno, f"the disk that holds {path.parent} is full")

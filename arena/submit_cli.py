@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from arena.core.registry import BadInput
+from arena.leaderboard_cli import writable
 
 if TYPE_CHECKING:
     from arena.boards import Board
@@ -143,7 +144,9 @@ def run(
     workers: Annotated[int, typer.Option(min=1, help="Methods that run side by side.")] = 1,
     data_dir: DataDirOption = None,
     store: StoreOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The card, a JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", callback=writable, help="The card, a JSON file.")
+    ] = None,
     require_sandbox: SandboxOption = False,
     boards: BoardsOption = BOARDS,
     as_json: JsonOption = False,
@@ -224,7 +227,9 @@ def verify(
     device: DeviceOption = "auto",
     data_dir: DataDirOption = None,
     store: StoreOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The verified card.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", callback=writable, help="The verified card.")
+    ] = None,
     require_sandbox: SandboxOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -281,7 +286,9 @@ def _verified(
 
 
 @submit_app.command("key")
-def key_(out: Annotated[Path, typer.Argument(help="The private key's file.")]) -> None:
+def key_(
+    out: Annotated[Path, typer.Argument(callback=writable, help="The private key's file.")],
+) -> None:
     """Make an Ed25519 key to sign cards with; its public half goes beside it (.pub)."""
     from arena.submissions import cards
 

@@ -146,6 +146,10 @@ BAD = {
     "style": (("run", *TINY, "-a", "dfst:style=gone"), "style", "gone"),
     "preview": (("preview", "pach"), "'pach'", "'patch'"),
     "preview target": (("preview", "patch:target=77"), "target", "77"),
+    "picture in a folder's place": (("show", "ab", "--picture", ".."), "'..'", "name a file in it"),
+    "picture's path of nothing": (("preview", "patch", "-o", "gone/.."), "'gone/..'", "a folder"),
+    "key": (("submit", "key", "."), "'.'", "name a file in it"),
+    "weights where the report goes": (("repair", "ab", "-o", "a.md"), "'a.md'", ".safetensors"),
     "preview of nothing": (("preview", "none", "-d", "signs:size=100,classes=5"), "no trigger"),
 }
 
@@ -155,6 +159,30 @@ def test_bad_input(empty: Path, words: tuple[tuple[str, ...], str]) -> None:
     command, *named = words
     assert_refused(arena(*command), *named)
     assert not list(empty.iterdir())
+
+
+OUTPUTS = (
+    ("preview", "patch", "-o"),
+    ("show", "ab", "--picture"),
+    *((name, "ab", "-o") for name in ("distance", "scan", "repair")),
+    ("invert", "ab", "-v", "0", "-t", "1", "-o"),
+    ("submit", "run", "m.py", "--board", "b", "--out"),
+    ("submit", "verify", "card.json", "--out"),
+    ("submit", "key"),
+)
+
+
+@pytest.mark.parametrize("words", OUTPUTS, ids=lambda words: " ".join(words[:2]))
+def test_a_place_that_cannot_be_written_is_refused_first(
+    empty: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.write_text("dear")
+    assert_refused(arena(*words, str(folder)), "folder", "name a file in it")
+    assert_refused(arena(*words, str(file / "new" / "x.png")), "x.png", "is a file")
+    assert not list(empty.iterdir())
+    assert file.read_text() == "dear"
 
 
 def test_bad_pictures_for_an_attack(empty: Path, tmp_path: Path) -> None:

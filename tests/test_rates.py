@@ -93,31 +93,24 @@ def wrecks(at_least: float, fits: list[str]) -> Any:
     return fit
 
 
-def test_finetune_takes_the_first_that_is_borne(
-    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
-) -> None:
+TEACHERS = ["teacher at 0.1", "teacher at 0.03", "teacher at 0.01"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrecked", "tried", "good"),
+    [
+        ("finetune", 0.1, ["fine-tuning at 0.1", "fine-tuning at 0.03"], True),
+        # a wrecked teacher has no student, but for the last one
+        ("nad", 0.03, [*TEACHERS, "distillation at 0.01"], True),
+        ("nad", 0.0, [*TEACHERS, "distillation at 0.01"], False),
+    ],
+)
+def test_the_first_rate_that_is_borne_is_taken(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch,
+    name: str, wrecked: float, tried: list[str], good: bool,
+) -> None:  # fmt: skip
     fits: list[str] = []
-    monkeypatch.setattr(finetune, "fit", wrecks(0.1, fits))
-    repaired = defenses.build("finetune").repair(planted, clean, stream(0, "repair"))
-    assert fits == ["fine-tuning at 0.1", "fine-tuning at 0.03"]
-    assert rates.accuracy(repaired, clean) == 1
-
-
-def test_nad_has_no_student_of_a_wrecked_teacher(
-    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fits: list[str] = []
-    monkeypatch.setattr(nad, "fit", wrecks(0.03, fits))
-    repaired = defenses.build("nad").repair(planted, clean, stream(0, "repair"))
-    assert fits == ["teacher at 0.1", "teacher at 0.03", "teacher at 0.01", "distillation at 0.01"]
-    assert rates.accuracy(repaired, clean) == 1
-
-
-def test_what_even_the_lowest_wrecks_is_given_all_the_same(
-    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fits: list[str] = []
-    monkeypatch.setattr(nad, "fit", wrecks(0.0, fits))
-    repaired = defenses.build("nad").repair(planted, clean, stream(0, "repair"))
-    assert fits[-1] == "distillation at 0.01"
-    assert rates.accuracy(repaired, clean) < 0.5
+    monkeypatch.setattr({"finetune": finetune, "nad": nad}[name], "fit", wrecks(wrecked, fits))
+    repaired = defenses.build(name).repair(planted, clean, stream(0, "repair"))
+    assert fits == tried
+    assert (rates.accuracy(repaired, clean) == 1) is good

@@ -483,7 +483,9 @@ def site(tmp_path: Path) -> Path:
     return folder
 
 
-def test_publishing_to_a_folder_replaces_only_a_site(site: Path, tmp_path: Path) -> None:
+def test_publishing_to_a_folder_replaces_only_a_site(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from arena.publishing import publish as send
 
     to = tmp_path / "host/here"
@@ -500,6 +502,11 @@ def test_publishing_to_a_folder_replaces_only_a_site(site: Path, tmp_path: Path)
     with pytest.raises(BadInput, match="no site put there"):
         send(site, str(other), really=True)
     assert (other / "chapter.tex").read_text() == "dear"
+    with monkeypatch.context() as patch:
+        patch.chdir(to)
+        for here in (".", str(to), ".."):
+            with pytest.raises(BadInput, match="the folder you are in"):
+                send(site, here, really=True)
 
 
 class Hub:
