@@ -107,6 +107,108 @@ def test_methods_find_its_levels(net, weights):
         assert torch.allclose(model(x), wanted, atol=1e-5)
 
 
+STAGED = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):  # its first layers still see the size before
+    def __init__(self, a, b, stride):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(a)
+        self.one = nn.Conv2d(a, b, 1)
+        self.two = nn.Conv2d(b, b, 3, stride, 1)
+        self.short = nn.Conv2d(a, b, 1, stride)
+
+    def forward(self, x):
+        return self.short(x) + self.two(self.one(self.norm(x)).relu())
+
+
+class Stages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(Block(3, 8, 1), Block(8, 8, 1))
+        self.two = nn.Sequential(Block(8, 16, 2), Block(16, 16, 1))
+        self.three = nn.Sequential(Block(16, 24, 2), Block(24, 24, 1))
+
+    def forward(self, x):
+        return self.three(self.two(self.one(x)))
+
+
+class Net(Stages):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.fc(super().forward(x).mean((2, 3)))
+
+
+class Encoded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.fc = Stages(), nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.fc(self.encoder(x).mean((2, 3)))
+
+
+class Normalized(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net((x - 0.5) / 0.25)
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return 4 * x - 2
+
+
+def normalized():
+    return Normalized(Net())
+
+
+def in_front():
+    return nn.Sequential(Scale(), Encoded())
+
+
+class Thin(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 16, 3, 1, 1)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.fc(self.b(self.a(x).relu()).mean((2, 3)))
+
+
+def thin():
+    return Normalized(Thin())
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "stages"),
+    [
+        ("Net", ("one", "two")),
+        ("Encoded", ("encoder.one", "encoder.two")),
+        ("normalized", ("net.one", "net.two")),
+        ("in_front", ("1.encoder.one", "1.encoder.two")),
+        ("thin", ("net.a", "net.a")),  # of one size all along: what there is before the last map
+    ],
+)
+def test_the_levels_of_a_wrapped_network_are_its_stages(tmp_path, function, stages):
+    file = tmp_path / "staged.py"
+    file.write_text(STAGED)
+    model = foreign.build(f"{file}:{function}", 5, SHAPE)
+    found = tuple(model.levels[level].removeprefix("body.") for level in models.LEVELS)
+    assert found[:2] == stages
+    assert found[2] not in stages
+
+
 def test_a_network_without_such_a_level_is_taken_all_the_same(tmp_path):
     file = tmp_path / "odd.py"
     file.write_text(

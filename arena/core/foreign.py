@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -168,12 +169,39 @@ def _places(body: nn.Module, x: Tensor) -> tuple[tuple[str, str, str], str]:
     calls = timm_models._watch(body, x)
     for deep, head in timm_models._deep_and_head(calls):
         if timm_models._agrees(body, x, deep.path, head.path):
-            shallow, middle = timm_models._earlier_levels(body, calls, deep)
-            return (shallow, middle, deep.path), head.path
+            return (*_earlier_levels(body, calls, deep), deep.path), head.path
     paths = [call.path for call in calls if call.shape] or [""]
     last = len(paths) - 1
     readers = [path for path in paths if isinstance(body.get_submodule(path), nn.Linear)]
     return (paths[last // 3], paths[2 * last // 3], paths[last]), (readers or paths)[-1]
+
+
+def _earlier_levels(
+    body: nn.Module, calls: list[timm_models._Call], deep: timm_models._Call
+) -> tuple[str, str]:
+    """The last stages of the two resolutions above the deep level's, of the outermost module that
+    has two: networks are often wrapped, for one in a normalisation. Else evenly along the way."""
+    before = calls[: calls.index(deep)]
+    for outer, module in body.named_modules():
+        start = f"{outer}." if outer else ""
+        inner = [
+            replace(call, path=call.path.removeprefix(start))
+            for call in before
+            if call.path.startswith(start)
+        ]
+        last_of_area = {
+            call.area: start + call.path
+            for call in inner
+            if call.area > max(1, deep.area) and timm_models._is_stage(module, call)
+        }
+        if len(last_of_area) >= 2:
+            (_, middle), (_, shallow) = sorted(last_of_area.items())[:2]
+            return shallow, middle
+    shallow, middle = timm_models._earlier_levels(body, calls, deep)
+    if shallow != deep.path:
+        return shallow, middle
+    paths = [call.path for call in before if call.area > 1] or [deep.path]
+    return paths[len(paths) // 3], paths[2 * len(paths) // 3]
 
 
 def _size(shape: Sequence[int]) -> str:
