@@ -74,7 +74,9 @@ class Fits:
 def test_teacher_and_student_follow_the_schedule(planted, clean, rng, monkeypatch):
     fits = Fits()
     monkeypatch.setattr(nad, "fit", fits)
-    defenses.build("nad:teacher_epochs=6,lr=0.03").repair(planted, clean, rng)
+    defenses.build("nad:teacher_epochs=6,epochs=10,decay_every=2,lr=0.03").repair(
+        planted, clean, rng
+    )
     (teacher, _, first, plain), (student, _, second, more) = fits.calls
     assert teacher is not planted
     assert student is not planted
@@ -84,6 +86,7 @@ def test_teacher_and_student_follow_the_schedule(planted, clean, rng, monkeypatc
     assert first.drop_at == pytest.approx((1 / 3, 2 / 3))
     assert second.drop_at == pytest.approx((0.2, 0.4, 0.6, 0.8))
     for plan in (first, second):
+        assert plan.schedule == "steps"
         assert (plan.batch, plan.momentum, plan.weight_decay) == (64, 0.9, 1e-4)
         assert (plan.crop, plan.cutout, plan.border, plan.flip) == (4, 9, "zero", True)
     assert "extra_loss" not in plain, "the teacher is tuned on the labels alone"

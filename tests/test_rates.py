@@ -9,7 +9,7 @@ import torch
 import toys
 from torch import Generator
 
-from arena.core import rates
+from arena.core import rates, training
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.rates import RATES, Rung, rungs
@@ -93,15 +93,15 @@ def wrecks(at_least: float, fits: list[str]) -> Any:
     return fit
 
 
-TEACHERS = ["teacher at 0.1", "teacher at 0.03", "teacher at 0.01"]
+TEACHERS = ["teacher at 0.1", "teacher at 0.05", "teacher at 0.02", "teacher at 0.01"]
 
 
 @pytest.mark.parametrize(
     ("name", "wrecked", "tried", "good"),
     [
-        ("finetune", 0.1, ["fine-tuning at 0.1", "fine-tuning at 0.03"], True),
+        ("finetune", 0.1, ["fine-tuning at 0.1", "fine-tuning at 0.05"], True),
         # a wrecked teacher has no student, but for the last one
-        ("nad", 0.03, [*TEACHERS, "distillation at 0.01"], True),
+        ("nad", 0.02, [*TEACHERS, "distillation at 0.01"], True),
         ("nad", 0.0, [*TEACHERS, "distillation at 0.01"], False),
     ],
 )
@@ -114,3 +114,25 @@ def test_the_first_rate_that_is_borne_is_taken(
     repaired = defenses.build(name).repair(planted, clean, stream(0, "repair"))
     assert fits == tried
     assert (rates.accuracy(repaired, clean) == 1) is good
+
+
+@pytest.mark.parametrize("name", ["finetune", "nad"])
+@pytest.mark.parametrize(
+    ("more", "schedule"), [("", "cosine"), (",decay_every=2", "steps"), (",epochs=0", "cosine")]
+)
+def test_the_rate_falls_along_a_cosine_or_by_steps(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch,
+    name: str, more: str, schedule: str,
+) -> None:  # fmt: skip
+    plans: list[training.Recipe] = []
+
+    def note(model: Classifier, images: Images, plan: training.Recipe, *_: Any, **__: Any) -> Any:
+        plans.append(plan)
+        return model.eval()
+
+    monkeypatch.setattr({"finetune": finetune, "nad": nad}[name], "fit", note)
+    defenses.build(f"{name}:lr=0.03{more}").repair(planted, clean, stream(0, "repair"))
+    assert {(plan.schedule, plan.lr) for plan in plans} == {(schedule, 0.03)}
+    assert plans[-1].epochs == (0 if "epochs" in more else 20)
+    drops = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert plans[-1].drop_at == (pytest.approx(drops) if schedule == "steps" else ())

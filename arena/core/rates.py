@@ -1,26 +1,52 @@
 """The learning rate of a fine-tuning: the largest that held-out clean accuracy bears.
 
-How much of a backdoor fine-tuning forgets is decided by its first rate, and which rate a network
-bears differs tenfold: on CIFAR-10 NAD's 0.1 is needed for its WRN-16-1 (0.01 leaves the backdoor
-whole) and wrecks others. The defender sees clean accuracy only, so that decides.
+How much of a backdoor fine-tuning forgets is decided by its rate and by how long it stays high,
+and which rate a network bears differs tenfold: on CIFAR-10 0.01 leaves a WRN-16-1 its backdoor
+whole, and NAD's 0.1 wrecks others. The defender sees clean accuracy only, so that decides.
 
-Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), with one between. The search is
-    this arena's; the papers fix a rate per network.
+Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), two between, and its fall along
+    a cosine. The search is this arena's; the papers fix a rate per network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Generator
 
 from arena.core.contracts import Images
 from arena.core.models import Classifier
-from arena.core.training import accuracy, split
+from arena.core.training import Recipe, accuracy, finetuning, split
 
-RATES = (0.1, 0.03, 0.01)
+RATES = (0.1, 0.05, 0.02, 0.01)
 MOST_HELD = 1000  # images: more tell no more
+
+
+def falling(
+    *,
+    epochs: int,
+    lr: float,
+    decay_every: int | None,
+    batch: int,
+    momentum: float,
+    weight_decay: float,
+    crop: int,
+    cutout: int,
+) -> Recipe:
+    """A fine-tuning at `lr`, divided by ten every `decay_every` epochs or, without, falling along
+    a cosine."""
+    plan = finetuning(
+        epochs=epochs,
+        lr=lr,
+        decay_every=decay_every or max(1, epochs),
+        batch=batch,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        crop=crop,
+        cutout=cutout,
+    )
+    return plan if decay_every else replace(plan, schedule="cosine")
 
 
 @dataclass(frozen=True)
@@ -47,7 +73,8 @@ def rungs(
     held_out: float,
 ) -> Iterator[Rung]:
     """RATES from the largest down; whoever iterates stops at the first that the model bears: it
-    costs at most `max_drop` of the accuracy on the images held out.
+    costs at most `max_drop` of the accuracy on the images held out. The model may have been trained
+    on these, too: then it loses more on them than on others.
 
     lr: this rate alone, on all clean images. Where there is nothing to hold out, nothing can
     decide, and it is the lowest of RATES.

@@ -5,13 +5,16 @@ images bear is taken: what is forgotten beyond that is not worth its price.
 
 Source: the fine-tuning baseline of NAD (Li et al. 2021, arXiv 2101.05930), which DECK and MOTH
     compare with. Official code: github.com/bboylyg/NAD.
-Departs: NAD starts at 0.1, BackdoorBench at 0.01. On CIFAR-10 0.01 leaves a WRN-16-1 its backdoor
-    and 0.1 costs fastnet and resnet20 13 points; NAD and DECK report 2 to 4. So the rate is chosen
-    (`arena.core.rates`); lr=0.1 is NAD's own, lr=0.01 BackdoorBench's, both on all clean images.
+Departs: NAD starts at 0.1 and divides by ten every 2 of 10 epochs; its code trains 20 epochs at
+    0.1, 0.1, then 0.01; BackdoorBench 100 along a cosine from 0.01. Here the 20 epochs fall along a
+    cosine, and the rate is chosen (`arena.core.rates`): a moderate rate that lasts forgets as much
+    as a high one that is soon left, and costs less. A WRN-16-1 with BadNets' grid (CIFAR-10,
+    accuracy 87 %, ASR 100 %) is left with 70 and 5 % by the paper's schedule, 78 and 4 % by the
+    code's, 83 and 7 % from 0.05 along the cosine; from 0.03 the ASR was 4, 84 or 100 % with three
+    seeds, from 0.01 100 %. lr=0.1,epochs=10,decay_every=2 is NAD's own, on all clean images.
     Where the paper is silent the code is followed (Nesterov momentum, black borders and holes).
-    The code itself differs from the paper: 20 epochs at 0.1, 0.1, then 0.01, and 0.0001 from the
-    21st on, holes of side 3, and its published table used none. Every image alternates between
-    its two mirror images instead of drawing one; a last, smaller batch is left out.
+    The code's holes are of side 3, and its published table used none. Every image alternates
+    between its two mirror images instead of drawing one; a last, smaller batch is left out.
 """
 
 from __future__ import annotations
@@ -22,23 +25,29 @@ from torch import Generator
 
 from arena.core.contracts import Images
 from arena.core.models import Classifier
-from arena.core.rates import rungs
+from arena.core.rates import falling, rungs
 from arena.core.registry import method, param
-from arena.core.training import Recipe, check_clean, finetuning, fit
+from arena.core.training import Recipe, check_clean, fit
 
 
 @method
 class FineTune:
-    epochs: int = param(10, "passes over the clean set", low=0, source="NAD")
+    epochs: int = param(
+        20, "passes over the clean set", low=0, source="NAD's code; paper 10", under={"fast": 10}
+    )
     lr: float | None = param(
         None,
-        "first learning rate; none: the largest of 0.1, 0.03 and 0.01 within max_drop",
+        "first learning rate; none: the largest of 0.1, 0.05, 0.02, 0.01 within max_drop",
         above=0,
         source="NAD 0.1; BackdoorBench 0.01",
         under={"smoke": 0.01},
     )
     max_drop: float = param(
-        0.05, "accuracy that a rate may cost on the held-out images", low=0, high=1
+        0.1,
+        "accuracy that a rate may cost on the held-out images",
+        low=0,
+        high=1,
+        source="BackdoorBench, of pruning",
     )
     held_out: float = param(
         0.2,
@@ -46,8 +55,11 @@ class FineTune:
         low=0,
         high=0.99,
     )
-    decay_every: int = param(
-        2, "epochs after which the rate is divided by ten", low=1, source="NAD"
+    decay_every: int | None = param(
+        None,
+        "epochs after which the rate is divided by ten; none: it falls along a cosine",
+        low=1,
+        source="BackdoorBench; NAD 2",
     )
     batch: int = param(64, "images per update; a smaller set lowers it", low=2, source="NAD")
     crop: int = param(4, "random shift, in pixels; 0: none", low=0, source="NAD")
@@ -73,7 +85,7 @@ class FineTune:
         return tuned
 
     def _plan(self, lr: float) -> Recipe:
-        return finetuning(
+        return falling(
             epochs=self.epochs,
             lr=lr,
             decay_every=self.decay_every,
