@@ -73,7 +73,7 @@ class NAD:
         under={"smoke": 0.01},
     )
     max_drop: float = param(
-        0.08, "accuracy that a rate may cost on the held-out images", low=0, high=1
+        0.1, "accuracy that a rate may cost on the held-out images", low=0, high=1
     )
     held_out: float = param(
         0.2,
