@@ -289,7 +289,7 @@ def test_fine_pruning_holds_images_out(planted, clean, rng, monkeypatch):
 def test_finetune_follows_the_paper(planted, clean, rng, monkeypatch):
     plans = []
     monkeypatch.setattr(finetune, "fit", lambda model, data, plan, rng, what: plans.append(plan))
-    defenses.build("finetune:lr=0.1").repair(planted, clean, rng)
+    defenses.build("finetune:lr=0.1,epochs=10,decay_every=2").repair(planted, clean, rng)
     (plan,) = plans
     assert plan.drop_at == (0.2, 0.4, 0.6, 0.8)
     assert (plan.lr, plan.epochs, plan.batch, plan.momentum) == (0.1, 10, 64, 0.9)
