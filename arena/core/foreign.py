@@ -189,19 +189,12 @@ def _earlier_levels(
             for call in before
             if call.path.startswith(start)
         ]
-        last_of_area = {
-            call.area: start + call.path
-            for call in inner
-            if call.area > max(1, deep.area) and timm_models._is_stage(module, call)
-        }
-        if len(last_of_area) >= 2:
-            (_, middle), (_, shallow) = sorted(last_of_area.items())[:2]
-            return shallow, middle
-    shallow, middle = timm_models._earlier_levels(body, calls, deep)
-    if shallow != deep.path:
-        return shallow, middle
-    paths = [call.path for call in before if call.area > 1] or [deep.path]
-    return paths[len(paths) // 3], paths[2 * len(paths) // 3]
+        if found := timm_models._two_above(timm_models._trunk(module, inner), deep):
+            return start + found[0], start + found[1]
+    found = timm_models._earlier_levels(body, calls, deep)
+    if found[0] != deep.path:
+        return found
+    return timm_models._spread([call.path for call in before if call.area > 1] or [deep.path])
 
 
 def _size(shape: Sequence[int]) -> str:

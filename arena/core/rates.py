@@ -17,36 +17,15 @@ from torch import Generator
 
 from arena.core.contracts import Images
 from arena.core.models import Classifier
-from arena.core.training import Recipe, accuracy, finetuning, split
+from arena.core.training import Recipe, accuracy, split
 
 RATES = (0.1, 0.05, 0.02, 0.01)
 MOST_HELD = 1000  # images: more tell no more
 
 
-def falling(
-    *,
-    epochs: int,
-    lr: float,
-    decay_every: int | None,
-    batch: int,
-    momentum: float,
-    weight_decay: float,
-    crop: int,
-    cutout: int,
-) -> Recipe:
-    """A fine-tuning at `lr`, divided by ten every `decay_every` epochs or, without, falling along
-    a cosine."""
-    plan = finetuning(
-        epochs=epochs,
-        lr=lr,
-        decay_every=decay_every or max(1, epochs),
-        batch=batch,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        crop=crop,
-        cutout=cutout,
-    )
-    return plan if decay_every else replace(plan, schedule="cosine")
+def falling(plan: Recipe, decay_every: int | None) -> Recipe:
+    """`plan`, along a cosine unless its rate is divided by ten every `decay_every` epochs."""
+    return plan if decay_every else replace(plan, schedule="cosine", drop_at=())
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.rates import falling, rungs
 from arena.core.registry import method, param
-from arena.core.training import Recipe, check_clean, fit
+from arena.core.training import Recipe, check_clean, finetuning, fit
 
 
 @method
@@ -81,13 +81,14 @@ class FineTune:
         return tuned
 
     def _plan(self, lr: float) -> Recipe:
-        return falling(
+        plan = finetuning(
             epochs=self.epochs,
             lr=lr,
-            decay_every=self.decay_every,
+            decay_every=self.decay_every or 1,
             batch=self.batch,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             crop=self.crop,
             cutout=self.cutout,
         )
+        return falling(plan, self.decay_every)

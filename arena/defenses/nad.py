@@ -38,6 +38,7 @@ from arena.core.training import (
     check_clean,
     device_of,
     evaluating,
+    finetuning,
     fit,
 )
 
@@ -143,16 +144,17 @@ class NAD:
         return student
 
     def _plan(self, epochs: int, lr: float) -> Recipe:
-        return falling(
+        plan = finetuning(
             epochs=epochs,
             lr=lr,
-            decay_every=self.decay_every,
+            decay_every=self.decay_every or 1,
             batch=self.batch,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             crop=self.crop,
             cutout=self.cutout,
         )
+        return falling(plan, self.decay_every)
 
 
 def attention(feature: Tensor, power: float = 2.0) -> Tensor:

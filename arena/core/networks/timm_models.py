@@ -335,13 +335,28 @@ def _agrees(body: nn.Module, x: Tensor, deep: str, head: str) -> bool:
 
 def _earlier_levels(body: nn.Module, calls: list[_Call], deep: _Call) -> tuple[str, str]:
     """The last stages of the two resolutions above the deep level's; else spaced evenly."""
-    before = calls[: calls.index(deep)]
-    trunk = [c for c in before if c.shape and len(c.shape) > 2 and _is_stage(body, c)]
+    trunk = _trunk(body, calls[: calls.index(deep)])
+    if found := _two_above(trunk, deep):
+        return found
+    return _spread([c.path for c in trunk] or [deep.path])
+
+
+def _trunk(body: nn.Module, calls: list[_Call]) -> list[_Call]:
+    """What stages put out, in order."""
+    return [c for c in calls if c.shape and len(c.shape) > 2 and _is_stage(body, c)]
+
+
+def _two_above(trunk: list[_Call], deep: _Call) -> tuple[str, str] | None:
+    """The last calls of the two resolutions above the deep level's, the larger first."""
     last_of_area = {c.area: c.path for c in trunk if c.area > max(1, deep.area)}
-    if len(last_of_area) >= 2:
-        (_, middle), (_, shallow) = sorted(last_of_area.items())[:2]
-        return shallow, middle
-    paths = [c.path for c in trunk] or [deep.path]
+    if len(last_of_area) < 2:
+        return None
+    (_, middle), (_, shallow) = sorted(last_of_area.items())[:2]
+    return shallow, middle
+
+
+def _spread(paths: list[str]) -> tuple[str, str]:
+    """Two of them, evenly along the way."""
     return paths[len(paths) // 3], paths[2 * len(paths) // 3]
 
 
