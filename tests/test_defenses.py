@@ -260,13 +260,23 @@ def test_the_mask_survives_fine_tuning(planted, clean, rng, monkeypatch):
     repaired = defenses.build("fine_pruning:epochs=4,crop=1,cutout=0").repair(planted, clean, rng)
     assert not torch.equal(repaired.body.head.weight, planted.body.head.weight)
     assert (repaired.body.head.weight[:, toys.CHANNEL] == 0).all()
-    assert torch.allclose(repaired(toys.stamp(clean.x / 255)), during[0], atol=1e-5)
+    assert torch.allclose(repaired(toys.stamp(clean.x / 255)), during[-1], atol=1e-5)
     assert accuracy(repaired, clean) > 0.95
     assert toys.success(repaired, clean) < 0.3
 
 
+def test_what_is_pruned_is_not_learnt_again(planted, clean, rng):
+    """Not even channels that clean images drive and the labels ask for."""
+    defense = defenses.build("fine_pruning:epochs=4,max_drop=1,lr=0.05,crop=1,cutout=0")
+    weight = defense.repair(planted, clean, rng).body.head.weight
+    assert not torch.equal(weight, planted.body.head.weight)
+    assert int((weight == 0).all(0).sum()) == 4
+
+
 def test_fine_pruning_holds_images_out(planted, clean, rng, monkeypatch):
+    """Some order the channels, the others decide how many go; at a given rate all of them tune."""
     seen: dict[str, Tensor] = {}
+    activity = fine_pruning.mean_activation
 
     def tuned(model: nn.Module, data: Images, *args: object, **more: object) -> nn.Module:
         seen["tune"] = data.x
@@ -276,12 +286,18 @@ def test_fine_pruning_holds_images_out(planted, clean, rng, monkeypatch):
         seen["held"] = held.x
         return iter([1.0])
 
+    def measured(model: nn.Module, images: Images) -> Tensor:
+        seen["order"] = images.x
+        return activity(model, images)
+
     monkeypatch.setattr(fine_pruning, "fit", tuned)
     monkeypatch.setattr(fine_pruning, "_accuracies", counted)
-    defenses.build("fine_pruning:held_out=0.3").repair(planted, clean, rng)
-    assert (len(seen["held"]), len(seen["tune"])) == (60, 140)
-    both = torch.cat([seen["held"], seen["tune"]]).flatten(1)
+    monkeypatch.setattr(fine_pruning, "mean_activation", measured)
+    defenses.build("fine_pruning:held_out=0.3,lr=0.01").repair(planted, clean, rng)
+    assert (len(seen["held"]), len(seen["order"])) == (60, 140)
+    both = torch.cat([seen["held"], seen["order"]]).flatten(1)
     assert torch.equal(both.unique(dim=0), clean.x.flatten(1).unique(dim=0))
+    assert torch.equal(seen["tune"], clean.x)
     with pytest.raises(BadInput, match="0 would be held out and 8 trained on; give more images"):
         defenses.build("fine_pruning:held_out=0.01").repair(planted, toys.images(8, rng), rng)
 

@@ -172,15 +172,47 @@ def test_points_are_judged_on_held_out_images(planted, clean, monkeypatch, rng):
     monkeypatch.setattr(mcr, "fit", tuned)
     monkeypatch.setattr(mcr, "accuracy", judged)
     monkeypatch.setattr(mcr, "reestimate_batchnorm", estimated)
-    repaired = defenses.build("mcr:held_out=0.3").repair(planted, clean, rng)
+    monkeypatch.setattr(mcr, "shown", lambda images, crop, draws: images.take(torch.arange(9)))
+    repaired = defenses.build("mcr:held_out=0.3,tune_lr=0.01").repair(planted, clean, rng)
     assert (len(seen["fit"]), len(seen["held"]), len(seen["statistics"])) == (2, 19, 20)
     tune, held = seen["fit"][0], seen["held"][0]
     assert (len(held), len(tune)) == (60, 140)
     both = torch.cat([held, tune]).flatten(1)
     assert torch.equal(both.unique(dim=0), clean.x.flatten(1).unique(dim=0))
-    assert all(torch.equal(part, tune) for part in seen["fit"] + seen["statistics"])
+    assert all(torch.equal(part, tune) for part in seen["fit"])
+    assert all(torch.equal(part, tune[:9]) for part in seen["statistics"]), "as they are shown"
     final = repaired.state_dict()
     assert all(torch.equal(final[name], value) for name, value in states[4].items())
+
+
+@pytest.mark.parametrize(("crop", "reach"), [(0, 0), (2, 2), (99, 15)])
+def test_statistics_are_of_images_as_training_shows_them(clean, rng, crop, reach):
+    """Each is the image somewhere on a black ground, or its mirror image."""
+    few = clean.take(torch.arange(60))
+    found = mcr.shown(few, crop, rng)
+    assert torch.equal(found.y, few.y)
+    assert found.x.dtype == torch.uint8
+    assert found.x.shape == few.x.shape
+    places, mirrored = set(), 0
+    side = few.x.shape[-1]
+    assert side == 16
+    for before, after in zip(few.x, found.x, strict=True):
+        ground = F.pad(before, (reach,) * 4)
+        here = [
+            (top, left, flip)
+            for top in range(2 * reach + 1)
+            for left in range(2 * reach + 1)
+            for flip in (False, True)
+            if torch.equal(
+                ground[:, top : top + side, left : left + side],
+                after.flip(-1) if flip else after,
+            )
+        ]
+        assert here, "another image"
+        places |= {place[:2] for place in here}
+        mirrored += all(place[2] for place in here)
+    assert len(places) >= (20 if reach else 1)
+    assert 10 < mirrored < 50
 
 
 def test_a_given_point_is_taken(planted, clean, monkeypatch, rng):
@@ -209,10 +241,10 @@ def test_training_follows_the_code(planted, clean, rng, monkeypatch):
         plans[more["what"]] = plan
 
     monkeypatch.setattr(mcr, "fit", fitted)
-    defenses.build("mcr:t=0.5").repair(planted, clean, rng)
-    tune, curve = plans["fine-tuning"], plans["curve"]
-    assert (tune.epochs, tune.lr, tune.batch, tune.cutout) == (10, 0.01, 64, 9)
-    assert tune.drop_at == (0.2, 0.4, 0.6, 0.8)
+    defenses.build("mcr:t=0.5,tune_lr=0.05").repair(planted, clean, rng)
+    tune, curve = plans["fine-tuning at 0.05"], plans["curve"]
+    assert (tune.epochs, tune.lr, tune.batch, tune.cutout) == (40, 0.05, 64, 9)
+    assert tune.schedule == "cosine"
     assert (curve.epochs, curve.batch, curve.lr, curve.momentum) == (100, 128, 0.01, 0.9)
     assert (curve.weight_decay, curve.label_smoothing, curve.cutout) == (0, 0, 0)
     assert (curve.crop, curve.border, curve.flip, curve.bias_lr) == (4, "zero", True, 1)
@@ -232,7 +264,8 @@ def test_the_middle_of_the_curve_is_free_of_the_backdoor(planted, clean):
     repaired = defenses.build(SMALL).repair(planted, clean, stream(0))
     assert accuracy(repaired, test) > 0.95
     assert toys.success(repaired, test) < 0.1
-    at_victim = defenses.build(f"{SMALL},t=0").repair(planted, clean, stream(0))
+    plain = SMALL.replace("crop=1", "crop=0")  # black borders alone move its batch statistics
+    at_victim = defenses.build(f"{plain},t=0").repair(planted, clean, stream(0))
     assert alike(weights(at_victim), weights(planted))
     assert toys.success(at_victim, test) > 0.9
 

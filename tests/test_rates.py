@@ -15,8 +15,9 @@ from arena.core.models import Classifier
 from arena.core.rates import RATES, Rung, rungs
 from arena.core.registry import defenses
 from arena.core.seeding import stream
-from arena.defenses import finetune, nad
+from arena.defenses import fine_pruning, finetune, mcr, nad
 
+MODULES = {"finetune": finetune, "nad": nad, "fine_pruning": fine_pruning, "mcr": mcr}
 SETTINGS: dict[str, Any] = {"max_drop": 0.05, "held_out": 0.2}
 
 
@@ -103,6 +104,8 @@ TEACHERS = ["teacher at 0.1", "teacher at 0.05", "teacher at 0.02", "teacher at 
         # a wrecked teacher has no student, but for the last one
         ("nad", 0.02, [*TEACHERS, "distillation at 0.01"], True),
         ("nad", 0.0, [*TEACHERS, "distillation at 0.01"], False),
+        ("fine_pruning", 0.1, ["fine-tuning at 0.1", "fine-tuning at 0.05"], True),
+        ("mcr", 0.1, ["fine-tuning at 0.1", "fine-tuning at 0.05", "curve"], True),
     ],
 )
 def test_the_first_rate_that_is_borne_is_taken(
@@ -110,13 +113,13 @@ def test_the_first_rate_that_is_borne_is_taken(
     name: str, wrecked: float, tried: list[str], good: bool,
 ) -> None:  # fmt: skip
     fits: list[str] = []
-    monkeypatch.setattr({"finetune": finetune, "nad": nad}[name], "fit", wrecks(wrecked, fits))
+    monkeypatch.setattr(MODULES[name], "fit", wrecks(wrecked, fits))
     repaired = defenses.build(name).repair(planted, clean, stream(0, "repair"))
     assert fits == tried
     assert (rates.accuracy(repaired, clean) == 1) is good
 
 
-@pytest.mark.parametrize("name", ["finetune", "nad"])
+@pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize(
     ("more", "schedule"), [("", "cosine"), (",decay_every=2", "steps"), (",epochs=0", "cosine")]
 )
@@ -130,9 +133,14 @@ def test_the_rate_falls_along_a_cosine_or_by_steps(
         plans.append(plan)
         return model.eval()
 
-    monkeypatch.setattr({"finetune": finetune, "nad": nad}[name], "fit", note)
-    defenses.build(f"{name}:lr=0.03{more}").repair(planted, clean, stream(0, "repair"))
+    monkeypatch.setattr(MODULES[name], "fit", note)
+    settings = f"lr=0.03{more}"
+    if name == "mcr":
+        settings = settings.replace(",", ",tune_").replace("lr=", "t=0,tune_lr=")
+    defenses.build(f"{name}:{settings}").repair(planted, clean, stream(0, "repair"))
+    if name == "mcr":
+        plans.pop()  # the curve's
     assert {(plan.schedule, plan.lr) for plan in plans} == {(schedule, 0.03)}
-    assert plans[-1].epochs == (0 if "epochs" in more else 20)
-    drops = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert plans[-1].epochs == (0 if "epochs" in more else 40)
+    drops = [epoch / 40 for epoch in range(2, 40, 2)]
     assert plans[-1].drop_at == (pytest.approx(drops) if schedule == "steps" else ())

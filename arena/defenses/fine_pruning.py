@@ -6,9 +6,10 @@ more than `max_drop`; the last one is given back, and the rest stay silent while
 
 Source: Liu et al. 2018, RAID, arXiv 1805.12185.
 Departs: a part of `clean` is held out to decide the stop, where the paper uses all of its
-    validation set for everything; fine-tuning follows NAD's recipe at a tenth of its rate, since
-    the paper gives none for these networks. A silent channel is masked behind the last ReLU,
-    residual path and all, and the mask ends up in the weights of the layer that reads it.
+    validation set for everything; once the stop is decided, that part tunes, too. The paper gives
+    no settings for these networks: the tuning is that of `finetune`, so that the two differ by the
+    pruning alone. A silent channel is masked behind the last ReLU, residual path and all, and the
+    mask ends up in the weights of the layer that reads it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from arena.core.contracts import Images
 from arena.core.features import fold_mask, masked, mean_activation
 from arena.core.models import Classifier
 from arena.core.pruning import silencings
+from arena.core.rates import falling, rungs
 from arena.core.registry import method, param
-from arena.core.training import check_clean, check_held_out, finetuning, fit, split
+from arena.core.training import Recipe, check_clean, check_held_out, finetuning, fit, split
 
 
 @method
@@ -36,10 +38,27 @@ class FinePruning:
     held_out: float = param(
         0.5, "share of the clean images that only decides the stop", low=0.01, high=0.99
     )
-    epochs: int = param(10, "passes of the fine-tuning over the other clean images", low=0)
-    lr: float = param(0.01, "first learning rate", above=0, source="BackdoorBench")
-    decay_every: int = param(
-        2, "epochs after which the rate is divided by ten", low=1, source="NAD"
+    epochs: int = param(
+        40, "passes of the fine-tuning", low=0, source="as finetune", under={"fast": 10, "smoke": 5}
+    )
+    lr: float | None = param(
+        None,
+        "first learning rate; none: the largest of 0.1, 0.05, 0.02, 0.01 within tune_drop",
+        above=0,
+        source="as finetune; BackdoorBench 0.01",
+        under={"smoke": 0.01},
+    )
+    tune_drop: float = param(
+        0.1, "accuracy that a rate may cost on images held out for it", low=0, high=1
+    )
+    tune_held_out: float = param(
+        0.2, "share of the clean images, at most 1,000, that chooses the rate", low=0, high=0.99
+    )
+    decay_every: int | None = param(
+        None,
+        "epochs after which the rate is divided by ten; none: it falls along a cosine",
+        low=1,
+        source="as finetune",
     )
     batch: int = param(64, "images per update; a smaller set lowers it", low=2, source="NAD")
     crop: int = param(4, "random shift, in pixels; 0: none", low=0, source="NAD")
@@ -55,29 +74,42 @@ class FinePruning:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
-        held, tune = split(clean, self.held_out, rng)
-        model = deepcopy(model).eval()
-        activity = mean_activation(model, tune)
+        held, rest = split(clean, self.held_out, rng)
+        pruned = deepcopy(model).eval()
+        activity = mean_activation(pruned, rest)
         order = activity.argsort(stable=True)[:-1]  # one channel stays
-        accuracies = _accuracies(model, held, order)
+        accuracies = _accuracies(pruned, held, order)
         floor = next(accuracies) - self.max_drop - 1e-9  # the drop itself is within the limit
         kept = sum(1 for _ in takewhile(lambda share: share >= floor, accuracies))
         mask = torch.ones_like(activity)
         mask[order[:kept]] = 0
+        fold_mask(pruned, mask)
+
+        rates = rungs(
+            pruned, clean, rng,
+            lr=self.lr, max_drop=self.tune_drop, held_out=self.tune_held_out,
+        )  # fmt: skip
+        for rung in rates:
+            tuned = deepcopy(pruned)
+            with masked(tuned, mask):  # no slope: the folded weights stay zero
+                plan, what = self._plan(rung.rate), f"fine-tuning at {rung.rate:g}"
+                fit(tuned, rung.images, plan, rng, what=what)
+            if rung.bears(tuned):
+                break
+        return tuned
+
+    def _plan(self, lr: float) -> Recipe:
         plan = finetuning(
             epochs=self.epochs,
-            lr=self.lr,
-            decay_every=self.decay_every,
+            lr=lr,
+            decay_every=self.decay_every or 1,
             batch=self.batch,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             crop=self.crop,
             cutout=self.cutout,
         )
-        with masked(model, mask):
-            fit(model, tune, plan, rng, what="fine-tuning")
-        fold_mask(model, mask)
-        return model
+        return falling(plan, self.decay_every)
 
 
 def _accuracies(model: Classifier, held: Images, order: Tensor) -> Iterator[float]:
