@@ -19,7 +19,7 @@ from arena.core.registry import BadInput, defenses
 from arena.core.seeding import seeded_globals, stream
 from arena.core.training import Recipe, accuracy, fit
 from arena.defenses import anp
-from arena.defenses.anp import ANP, LEVELS, Masked, affordable, gained, silence, uphill
+from arena.defenses.anp import ANP, Masked, affordable, gained, silence, uphill
 
 NETWORK = Network(
     build=lambda classes, shape: FastNet(classes, shape[0], (16, 32, 64)),
@@ -158,7 +158,7 @@ def test_masks_follow_the_paper(victim, clean, monkeypatch):
     assert (plan.min_steps, plan.batch, plan.lr, plan.momentum) == (2000, 128, 0.2, 0.9)
     assert (plan.schedule, plan.warmup, plan.weight_decay) == ("constant", 0, 0)
     assert (plan.crop, plan.flip, plan.border, plan.label_smoothing) == (4, True, "zero", 0)
-    assert (ANP().eps, ANP().steps, ANP().alpha, ANP().threshold) == (0.4, 1, 0.2, 0.2)
+    assert (ANP().eps, ANP().steps, ANP().alpha) == (0.4, 1, 0.2)
 
 
 # ----------------------------------------------------------------------------------------- pruning
@@ -195,28 +195,28 @@ def test_pruning_by_number(victim, clean, monkeypatch, rng):
     assert torch.equal(gains(same), gains(victim))
 
 
-def test_pruning_ends_before_the_step_that_costs_too_much(victim, clean, monkeypatch):
-    """The walk is by twentieths of the order; a later recovery does not count."""
-    order, shares = torch.arange(40), [0.99, 0.97, 0.96, 0.97, 0.90, 0.98]
-    asked = []
+def test_pruning_goes_as_far_as_it_may_cost(victim, clean, monkeypatch):
+    """The walk is by fiftieths of the order; what costs too much on the way ends nothing."""
+    asked, shares = [], {0: 0.99, 10: 0.90, 42: 0.5, 44: 0.97}
 
     def measured(model: nn.Module, held: Images) -> float:
         asked.append(int((gains(model) == 0).sum()))
-        return shares[len(asked) - 1]
+        return shares.get(asked[-1], 0.97 if asked[-1] < 40 else 0.5)
 
     monkeypatch.setattr(anp, "accuracy", measured)
-    assert affordable(victim, order, clean, 0.03).tolist() == list(range(6))
-    assert asked == [0, 2, 4, 6, 8]
-    assert LEVELS == 20
-    asked.clear()
-    assert len(affordable(victim, order, clean, 0.02)) == 2
+    order = torch.arange(100)
+    for max_drop, count in ((0.03, 44), (0.025, 44), (0.01, 0), (0.5, 100)):
+        asked.clear()
+        assert affordable(victim, order, clean, max_drop).tolist() == list(range(count))
+        assert asked == list(range(0, 101, 2))
     asked.clear()
     assert len(affordable(victim, order[:3], clean, 1.0)) == 3
     assert asked == [0, 1, 2, 3]
+    assert len(affordable(victim, order[:0], clean, 1.0)) == 0
 
 
 def test_pruning_measures_the_pruned_model(victim, clean):
-    """With the last norm in the order, accuracy breaks down, and the walk ends before that."""
+    """With the last norm in the order, accuracy breaks down, and pruning goes less far."""
     last = torch.arange(96, 224)
     half = affordable(victim, last, clean, 0.1)
     assert 0 < len(half) < len(last)
@@ -224,6 +224,16 @@ def test_pruning_measures_the_pruned_model(victim, clean):
         pruned = deepcopy(victim)
         silence(pruned, last[:count])
         assert (accuracy(pruned, clean) >= 0.9) == good
+
+
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [("", 0.95), ("held_out=0", 0.2), ("threshold=0.4", 0.4), ("threshold=0.4,held_out=0", 0.4)],
+)
+def test_the_threshold_is_wide_where_held_out_images_decide(settings, largest):
+    mask = torch.tensor([0.95, 0.1, 0.96, 0.2, 0.4, 1.0])
+    found = mask[defenses.build(f"anp:{settings}" if settings else "anp").candidates(mask)]
+    assert found.tolist() == mask[mask <= largest].sort().values.tolist()
 
 
 # ------------------------------------------------------------------------------------ as a defense

@@ -9,9 +9,11 @@ of the mask, over all batch norms, they are silenced: gain 0, the bias stays.
 Source: Wu and Wang 2021, NeurIPS, arXiv 2110.14430. Official code:
     github.com/csdongxian/ANP_backdoor.
 Departs: the paper prunes all masks of up to 0.2; the code's recipe walks up to 0.95, or to 1,000
-    channels, and looks at test accuracy and ASR on the way. Here 0.2 is the furthest that pruning
-    goes, and it stops early where held-out clean images become less accurate by more than
-    `max_drop`; held_out=0 is the paper's rule. Masks learn from clean images in whole passes
+    channels, and looks at test accuracy and ASR on the way. Here pruning goes as far on that walk
+    as costs at most `max_drop` of the accuracy on held-out clean images: how small a mask is says
+    little about how much of a backdoor is left. On CIFAR-10 (validation images) 0.2 left
+    fastnet_small 81 % of a blended backdoor, 0.5 11 % at 0.6 points less accuracy. held_out=0 is
+    the paper's rule. Masks learn from clean images in whole passes
     (drawn with replacement there) and with Nesterov momentum. A batch norm without a gain or a
     bias gets no mask. Learning runs on a copy in training mode, whose running statistics drift;
     what is pruned is the model as it came, with its own statistics. Nothing is tuned afterwards.
@@ -42,7 +44,7 @@ from arena.core.training import (
     split,
 )
 
-LEVELS = 20  # how often held-out images are asked on the way to the last channel
+LEVELS = 50  # how often held-out images are asked on the way to the last channel
 
 
 @method
@@ -71,15 +73,19 @@ class ANP:
         choices=("threshold", "number"),
         source="code",
     )
-    threshold: float = param(
-        0.2, "largest mask that is pruned, by threshold", low=0, high=1, source="paper; code 0.95"
+    threshold: float | None = param(
+        None,
+        "largest mask that is pruned, by threshold; none: 0.95, and 0.2 where nothing is held out",
+        low=0,
+        high=1,
+        source="paper 0.2; code 0.95",
     )
     number: int = param(1000, "channels that are pruned, by number", low=0, source="code")
     max_drop: float = param(
         0.04, "accuracy that pruning may cost on the held-out images", low=0, high=1
     )
     held_out: float = param(
-        0.2, "share of the clean images that only decides the stop; 0: no stop", low=0, high=0.99
+        0.2, "share of the clean images that only decides how far; 0: to the end", low=0, high=0.99
     )
 
     def check(self, model: Classifier, clean: Images) -> None:
@@ -143,7 +149,10 @@ class ANP:
         order = mask.argsort(stable=True)
         if self.by == "number":
             return order[: self.number]
-        return order[: int((mask <= self.threshold).sum())]
+        threshold = self.threshold
+        if threshold is None:
+            threshold = 0.95 if self.held_out else 0.2
+        return order[: int((mask <= threshold).sum())]
 
 
 class Masked(nn.Module):
@@ -216,18 +225,14 @@ def silence(model: nn.Module, channels: Tensor) -> None:
 
 def affordable(model: Classifier, order: Tensor, held: Images, max_drop: float) -> Tensor:
     """The longest start of `order`, in steps of 1/LEVELS, whose pruning costs at most `max_drop`
-    of the accuracy on `held`: the walk ends at the first step that costs more."""
+    of the accuracy on `held`. Shorter ones may cost more: accuracy goes up and down on the way."""
     floor = accuracy(model, held) - max_drop - 1e-9  # the drop itself is within the limit
-    good = order[:0]
-    for level in range(1, LEVELS + 1):
-        chosen = order[: len(order) * level // LEVELS]
-        if len(chosen) == len(good):
-            continue
+    good, counts = order[:0], {len(order) * level // LEVELS for level in range(1, LEVELS + 1)}
+    for done, count in enumerate(sorted(counts - {0}), 1):
         pruned = deepcopy(model)
-        silence(pruned, chosen)
+        silence(pruned, order[:count])
         share = accuracy(pruned, held)
-        report("pruning", level, LEVELS, accuracy=share)
-        if share < floor:
-            break
-        good = chosen
+        report("pruning", done, len(counts - {0}), accuracy=share)
+        if share >= floor:
+            good = order[:count]
     return good
