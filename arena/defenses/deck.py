@@ -67,26 +67,26 @@ class Deck:
         "passes of a round's first inversion",
         low=1,
         source="MOTH's code",
-        under={"smoke": 2},
+        under={"fast": 60, "smoke": 2},
     )
     more: int = param(
         40,
         "passes of those that go on from it",
         low=1,
         source="MOTH's code",
-        under={"smoke": 1},
+        under={"fast": 20, "smoke": 1},
     )
     warm_passes: int = param(
         300,
         "passes of the warm-up's inversions",
         low=1,
         source="DECK",
-        under={"smoke": 2},
+        under={"fast": 100, "smoke": 2},
     )
     asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="DECK")
     portion: float = param(
         0.1, "share of a class's images in a batch that are stamped", above=0, high=1,
-        source="MOTH's code",
+        source="MOTH's code", under={"fast": 0.5},
     )  # fmt: skip
 
     def check(self, model: Classifier, clean: Images) -> None:
