@@ -166,7 +166,7 @@ def test_with_too_few_images_the_defenses_that_remain_are_named(weights, photos,
     assert "retrain" not in remain, "null methods repair nothing"
     some = arena(*words, "-D", spec, "-D", "finetune")
     assert some.code == 0, some.err
-    assert f"| {spec} |" in some.out
+    assert f"| {spec},epochs=5,lr=0.01 |" in some.out, "as the recipe has it"
     assert "Could work, too: " in some.out
 
 
