@@ -10,13 +10,13 @@ import torch
 import toys
 from torch import Tensor, nn
 
-from arena.core import features, models, pruning
+from arena.core import features, models, pruning, rates
 from arena.core.contracts import Images, Repairs
 from arena.core.models import Classifier
 from arena.core.registry import BadInput, defenses
 from arena.core.seeding import stream
 from arena.core.training import accuracy
-from arena.defenses import fine_pruning, finetune, retrain
+from arena.defenses import fine_pruning, retrain
 
 SMALL = {  # beside what the recipe `smoke` shortens: all do something to a small model
     "retrain": "retrain:epochs=2,min_steps=0,batch=32",
@@ -249,14 +249,14 @@ def test_fine_pruning_measures_the_pruned_model(whole, planted, clean, monkeypat
 
 def test_the_mask_survives_fine_tuning(planted, clean, rng, monkeypatch):
     """The channel is silent while the rest is tuned, and still when the hook has gone."""
-    fit, during = fine_pruning.fit, []
+    fit, during = rates.fit, []
 
     def spy(model: nn.Module, *args: object, **more: object) -> nn.Module:
         fitted = fit(model, *args, **more)
         during.append(fitted(toys.stamp(clean.x / 255)).detach().clone())
         return fitted
 
-    monkeypatch.setattr(fine_pruning, "fit", spy)
+    monkeypatch.setattr(rates, "fit", spy)
     repaired = defenses.build("fine_pruning:epochs=4,crop=1,cutout=0").repair(planted, clean, rng)
     assert not torch.equal(repaired.body.head.weight, planted.body.head.weight)
     assert (repaired.body.head.weight[:, toys.CHANNEL] == 0).all()
@@ -290,7 +290,7 @@ def test_fine_pruning_holds_images_out(planted, clean, rng, monkeypatch):
         seen["order"] = images.x
         return activity(model, images)
 
-    monkeypatch.setattr(fine_pruning, "fit", tuned)
+    monkeypatch.setattr(rates, "fit", tuned)
     monkeypatch.setattr(fine_pruning, "_accuracies", counted)
     monkeypatch.setattr(fine_pruning, "mean_activation", measured)
     defenses.build("fine_pruning:held_out=0.3,lr=0.01").repair(planted, clean, rng)
@@ -304,7 +304,7 @@ def test_fine_pruning_holds_images_out(planted, clean, rng, monkeypatch):
 
 def test_finetune_follows_the_paper(planted, clean, rng, monkeypatch):
     plans = []
-    monkeypatch.setattr(finetune, "fit", lambda model, data, plan, rng, what: plans.append(plan))
+    monkeypatch.setattr(rates, "fit", lambda model, data, plan, rng, what: plans.append(plan))
     defenses.build("finetune:lr=0.1,epochs=10,decay_every=2").repair(planted, clean, rng)
     (plan,) = plans
     assert plan.drop_at == (0.2, 0.4, 0.6, 0.8)

@@ -10,6 +10,7 @@ import toys
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arena.core import rates
 from arena.core.contracts import Images
 from arena.core.features import reestimate_batchnorm
 from arena.core.models import Classifier
@@ -169,7 +170,8 @@ def test_points_are_judged_on_held_out_images(planted, clean, monkeypatch, rng):
         seen["statistics"].append(images.x)
         real(model, images)
 
-    monkeypatch.setattr(mcr, "fit", tuned)
+    for module in (rates, mcr):
+        monkeypatch.setattr(module, "fit", tuned)
     monkeypatch.setattr(mcr, "accuracy", judged)
     monkeypatch.setattr(mcr, "reestimate_batchnorm", estimated)
     monkeypatch.setattr(mcr, "shown", lambda images, crop, draws: images.take(torch.arange(9)))
@@ -240,7 +242,8 @@ def test_training_follows_the_code(planted, clean, rng, monkeypatch):
     def fitted(model: nn.Module, data: Images, plan: Recipe, *args: object, **more: str) -> None:
         plans[more["what"]] = plan
 
-    monkeypatch.setattr(mcr, "fit", fitted)
+    for module in (rates, mcr):
+        monkeypatch.setattr(module, "fit", fitted)
     defenses.build("mcr:t=0.5,tune_lr=0.05").repair(planted, clean, rng)
     tune, curve = plans["fine-tuning at 0.05"], plans["curve"]
     assert (tune.epochs, tune.lr, tune.batch, tune.cutout) == (40, 0.05, 64, 9)

@@ -10,14 +10,16 @@ Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), two between, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from torch import Generator
 
 from arena.core.contracts import Images
 from arena.core.models import Classifier
-from arena.core.training import Recipe, accuracy, split
+from arena.core.training import Recipe, accuracy, fit, split
 
 RATES = (0.1, 0.05, 0.02, 0.01)
 MOST_HELD = 1000  # images: more tell no more
@@ -68,3 +70,27 @@ def rungs(
     floor = accuracy(model, held) - max_drop - 1e-9  # the drop itself is within the limit
     for rate in RATES:
         yield Rung(rate, tune, None if rate == RATES[-1] else held, floor)
+
+
+def tuned(
+    model: Classifier,
+    clean: Images,
+    rng: Generator,
+    plan: Callable[[float], Recipe],
+    *,
+    lr: float | None,
+    max_drop: float,
+    held_out: float,
+    inside: Callable[[Classifier], AbstractContextManager[object]] = nullcontext,
+) -> Classifier:
+    """A copy of `model`, fine-tuned as `plan` says for the rate that is found as in `rungs`.
+
+    inside: what surrounds the training of a copy, such as a mask.
+    """
+    for rung in rungs(model, clean, rng, lr=lr, max_drop=max_drop, held_out=held_out):
+        copy, what = deepcopy(model), f"fine-tuning at {rung.rate:g}"
+        with inside(copy):
+            fit(copy, rung.images, plan(rung.rate), rng, what=what)
+        if rung.bears(copy):
+            break
+    return copy

@@ -13,10 +13,10 @@ Departs: the paper prunes all masks of up to 0.2; the code's recipe walks up to 
     as costs at most `max_drop` of the accuracy on held-out clean images: how small a mask is says
     little about how much of a backdoor is left. On CIFAR-10 (validation images) 0.2 left
     fastnet_small 81 % of a blended backdoor, 0.5 11 % at 0.6 points less accuracy. held_out=0 is
-    the paper's rule. Masks learn from clean images in whole passes
-    (drawn with replacement there) and with Nesterov momentum. A batch norm without a gain or a
-    bias gets no mask. Learning runs on a copy in training mode, whose running statistics drift;
-    what is pruned is the model as it came, with its own statistics. Nothing is tuned afterwards.
+    the paper's rule. Masks learn from clean images in whole passes (drawn with replacement there)
+    and with Nesterov momentum. A batch norm without a gain or a bias gets no mask. Learning runs on
+    a copy in training mode, whose running statistics drift; what is pruned is the model as it came,
+    with its own statistics. Nothing is tuned afterwards.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from arena.core.contracts import Images
 from arena.core.features import fold_mask, masked, mean_activation
 from arena.core.models import Classifier
 from arena.core.pruning import silencings
-from arena.core.rates import falling, rungs
+from arena.core.rates import falling, tuned
 from arena.core.registry import method, param
-from arena.core.training import Recipe, check_clean, check_held_out, finetuning, fit, split
+from arena.core.training import Recipe, check_clean, check_held_out, finetuning, split
 
 
 @method
@@ -85,18 +85,11 @@ class FinePruning:
         mask[order[:kept]] = 0
         fold_mask(pruned, mask)
 
-        rates = rungs(
-            pruned, clean, rng,
+        return tuned(
+            pruned, clean, rng, self._plan,
             lr=self.lr, max_drop=self.tune_drop, held_out=self.tune_held_out,
+            inside=lambda copy: masked(copy, mask),  # no slope: the folded weights stay zero
         )  # fmt: skip
-        for rung in rates:
-            tuned = deepcopy(pruned)
-            with masked(tuned, mask):  # no slope: the folded weights stay zero
-                plan, what = self._plan(rung.rate), f"fine-tuning at {rung.rate:g}"
-                fit(tuned, rung.images, plan, rng, what=what)
-            if rung.bears(tuned):
-                break
-        return tuned
 
     def _plan(self, lr: float) -> Recipe:
         plan = finetuning(

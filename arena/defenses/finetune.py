@@ -21,15 +21,13 @@ Departs: NAD starts at 0.1 and divides by ten every 2 of 10 epochs; its code tra
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 from torch import Generator
 
 from arena.core.contracts import Images
 from arena.core.models import Classifier
-from arena.core.rates import falling, rungs
+from arena.core.rates import falling, tuned
 from arena.core.registry import method, param
-from arena.core.training import Recipe, check_clean, finetuning, fit
+from arena.core.training import Recipe, check_clean, finetuning
 
 
 @method
@@ -76,15 +74,10 @@ class FineTune:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
-        rates = rungs(model, clean, rng, lr=self.lr, max_drop=self.max_drop, held_out=self.held_out)
-        for rung in rates:
-            tuned = deepcopy(model)
-            fit(
-                tuned, rung.images, self._plan(rung.rate), rng, what=f"fine-tuning at {rung.rate:g}"
-            )
-            if rung.bears(tuned):
-                break
-        return tuned
+        return tuned(
+            model, clean, rng, self._plan,
+            lr=self.lr, max_drop=self.max_drop, held_out=self.held_out,
+        )  # fmt: skip
 
     def _plan(self, lr: float) -> Recipe:
         plan = finetuning(

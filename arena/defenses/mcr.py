@@ -36,7 +36,7 @@ from arena.core.contracts import Images, Step
 from arena.core.features import reestimate_batchnorm
 from arena.core.models import Classifier
 from arena.core.progress import report
-from arena.core.rates import falling, rungs
+from arena.core.rates import falling, tuned
 from arena.core.registry import method, param
 from arena.core.seeding import draw_seed, stream
 from arena.core.training import (
@@ -121,7 +121,10 @@ class ModeConnectivityRepair:
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
         held, tune = split(clean, self.held_out, rng)
-        end = self.tuned(model, tune, rng)
+        end = tuned(
+            model, tune, rng, self._plan,
+            lr=self.tune_lr, max_drop=self.tune_drop, held_out=self.tune_held_out,
+        )  # fmt: skip
         curve = Curve(model, end, stream(draw_seed(rng), "points"))
         self.train(curve, tune, rng)
         seen = shown(tune, self.crop, rng)
@@ -137,28 +140,19 @@ class ModeConnectivityRepair:
         curve.place(model, t, seen)
         return model
 
-    def tuned(self, model: Classifier, images: Images, rng: Generator) -> Classifier:
-        """The fine-tuned copy of `model` at t = 1."""
-        rates = rungs(
-            model, images, rng,
-            lr=self.tune_lr, max_drop=self.tune_drop, held_out=self.tune_held_out,
-        )  # fmt: skip
-        for rung in rates:
-            plan = finetuning(
-                epochs=self.tune_epochs,
-                lr=rung.rate,
-                decay_every=self.tune_decay_every or 1,
-                batch=self.tune_batch,
-                momentum=self.momentum,
-                weight_decay=1e-4,
-                crop=self.crop,
-                cutout=self.tune_cutout,
-            )
-            end, what = deepcopy(model), f"fine-tuning at {rung.rate:g}"
-            fit(end, rung.images, falling(plan, self.tune_decay_every), rng, what=what)
-            if rung.bears(end):
-                break
-        return end
+    def _plan(self, lr: float) -> Recipe:
+        """Of the fine-tuning."""
+        plan = finetuning(
+            epochs=self.tune_epochs,
+            lr=lr,
+            decay_every=self.tune_decay_every or 1,
+            batch=self.tune_batch,
+            momentum=self.momentum,
+            weight_decay=1e-4,
+            crop=self.crop,
+            cutout=self.tune_cutout,
+        )
+        return falling(plan, self.tune_decay_every)
 
     def train(self, curve: Curve, images: Images, rng: Generator) -> None:
         """Train the middle of `curve`, in place."""
