@@ -56,7 +56,7 @@ class Deck:
     )
     lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code")
     max_drop: float = param(
-        0.02, "accuracy that hardening may cost on held-out clean images", low=0, high=1
+        0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
     symmetric: bool = param(True, "both directions of a pair at once", source="MOTH")
     epsilon: float = param(

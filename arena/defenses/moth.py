@@ -10,8 +10,10 @@ Source: Tao et al. 2022, S&P, Model Orthogonalization, section IV and algorithm 
 Departs: `updates` counts batches, of which the paper needs about 800, where the code makes two
     passes over 48,000 images: of 5 % of them two passes make 7 rounds, for 45 pairs. The paper
     stops at an accuracy drop, the code never; here the last weights within `max_drop` on held-out
-    images count. Batches are shifted and mirrored as in the training of its models. Batch norm
-    learns on, as in its first code; its PyTorch version freezes it.
+    images count. Those were the victim's training images, so that it loses more on them than
+    elsewhere: 2.9 points where validation images show 1.5 (fastnet_small, blend, after which an ASR
+    of 2.4 %; within 2 points it was 100 %). Batches are shifted and mirrored as in the training of
+    its models. Batch norm learns on, as in its first code; its PyTorch version freezes it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Moth:
     batch: int = param(128, "images per update; a smaller set lowers it", low=2, source="code")
     lr: float = param(1e-3, "learning rate", above=0, source="code; its PyTorch version 1e-4")
     max_drop: float = param(
-        0.02, "accuracy that hardening may cost on held-out clean images", low=0, high=1
+        0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
     symmetric: bool = param(True, "both directions of a pair at once", source="MOTH, section IV-B")
     reuse: bool = param(

@@ -41,7 +41,7 @@ class Pixel:
     )
     lr: float = param(1e-3, "hardening: learning rate", above=0, source="MOTH's code")
     max_drop: float = param(
-        0.02, "hardening: accuracy that it may cost on held-out clean images", low=0, high=1
+        0.05, "hardening: accuracy that it may cost on held-out clean images", low=0, high=1
     )
     first: int = param(
         200,

@@ -30,7 +30,7 @@ class Universal:
     batch: int = param(128, "images per update; a smaller set lowers it", low=2, source="MOTH")
     lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code")
     max_drop: float = param(
-        0.02, "accuracy that hardening may cost on held-out clean images", low=0, high=1
+        0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
     first: int = param(
         200,
