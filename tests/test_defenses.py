@@ -273,6 +273,24 @@ def test_what_is_pruned_is_not_learnt_again(planted, clean, rng):
     assert int((weight == 0).all(0).sum()) == 4
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "left"),
+    [([0.9, 0.875, 0.88, 0.5], 0.08), ([0.9, 0.5], 0.1), ([0.9, 0.92, 0.5], 0.12)],
+    ids=["the last step kept", "none kept", "a gain"],
+)
+def test_what_pruning_costs_is_not_spent_twice(accuracies, left, planted, clean, rng, monkeypatch):
+    asked: list[float] = []
+
+    def tuned(model: nn.Module, *args: object, max_drop: float, **more: object) -> nn.Module:
+        asked.append(max_drop)
+        return model
+
+    monkeypatch.setattr(fine_pruning, "_accuracies", lambda *args: iter(accuracies))
+    monkeypatch.setattr(fine_pruning, "tuned", tuned)
+    defenses.build("fine_pruning:tune_drop=0.1").repair(planted, clean, rng)
+    assert asked == pytest.approx([left])
+
+
 def test_fine_pruning_holds_images_out(planted, clean, rng, monkeypatch):
     """Some order the channels, the others decide how many go; at a given rate all of them tune."""
     seen: dict[str, Tensor] = {}

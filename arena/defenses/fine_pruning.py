@@ -49,7 +49,7 @@ class FinePruning:
         under={"smoke": 0.01},
     )
     tune_drop: float = param(
-        0.1, "accuracy that a rate may cost on images held out for it", low=0, high=1
+        0.1, "accuracy that pruning and tuning may cost together, on images held out", low=0, high=1
     )
     tune_held_out: float = param(
         0.2, "share of the clean images, at most 1,000, that chooses the rate", low=0, high=0.99
@@ -79,15 +79,17 @@ class FinePruning:
         activity = mean_activation(pruned, rest)
         order = activity.argsort(stable=True)[:-1]  # one channel stays
         accuracies = _accuracies(pruned, held, order)
-        floor = next(accuracies) - self.max_drop - 1e-9  # the drop itself is within the limit
-        kept = sum(1 for _ in takewhile(lambda share: share >= floor, accuracies))
+        before = next(accuracies)
+        floor = before - self.max_drop - 1e-9  # the drop itself is within the limit
+        kept = list(takewhile(lambda share: share >= floor, accuracies))
+        spent = before - kept[-1] if kept else 0.0
         mask = torch.ones_like(activity)
-        mask[order[:kept]] = 0
+        mask[order[: len(kept)]] = 0
         fold_mask(pruned, mask)
 
         return tuned(
             pruned, clean, rng, self._plan,
-            lr=self.lr, max_drop=self.tune_drop, held_out=self.tune_held_out,
+            lr=self.lr, max_drop=self.tune_drop - spent, held_out=self.tune_held_out,
             inside=lambda copy: masked(copy, mask),  # no slope: the folded weights stay zero
         )  # fmt: skip
 
