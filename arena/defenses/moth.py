@@ -11,9 +11,9 @@ Departs: `updates` counts batches, of which the paper needs about 800, where the
     passes over 48,000 images: of 5 % of them two passes make 7 rounds, for 45 pairs. The paper
     stops at an accuracy drop, the code never; here the last weights within `max_drop` on held-out
     images count. Those were the victim's training images, so that it loses more on them than
-    elsewhere: 2.9 points where validation images show 1.5 (fastnet_small, blend, after which an ASR
-    of 2.4 %; within 2 points it was 100 %). Batches are shifted and mirrored as in the training of
-    its models. Batch norm learns on, as in its first code; its PyTorch version freezes it.
+    elsewhere: 2.9 points where validation images show 1.5 (fastnet_small, blend). Batches are
+    shifted and mirrored as in the training of its models. Batch norm learns on, as in its first
+    code; its PyTorch version freezes it.
 """
 
 from __future__ import annotations
