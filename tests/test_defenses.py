@@ -322,7 +322,7 @@ def test_fine_pruning_holds_images_out(planted, clean, rng, monkeypatch):
 
 def test_finetune_follows_the_paper(planted, clean, rng, monkeypatch):
     plans = []
-    monkeypatch.setattr(rates, "fit", lambda model, data, plan, rng, what: plans.append(plan))
+    monkeypatch.setattr(rates, "fit", lambda model, data, plan, *_, **__: plans.append(plan))
     defenses.build("finetune:lr=0.1,epochs=10,decay_every=2").repair(planted, clean, rng)
     (plan,) = plans
     assert plan.drop_at == (0.2, 0.4, 0.6, 0.8)
@@ -352,7 +352,7 @@ def test_retrain_keeps_nothing_of_the_model(planted, clean, rng):
 
 def test_retrain_scales_the_rate_of_the_network(planted, clean, rng, monkeypatch):
     plans = []
-    monkeypatch.setattr(retrain, "fit", lambda model, data, plan, rng, what: plans.append(plan))
+    monkeypatch.setattr(retrain, "fit", lambda model, data, plan, *_, **__: plans.append(plan))
     speed = dataclasses.replace(toys.NETWORK, overrides={"fast": {"lr": 0.8, "bias_lr": 64.0}})
     monkeypatch.setitem(models._catalogue(), "planted", speed)
     defenses.build("retrain:batch=64").repair(planted, clean, rng)

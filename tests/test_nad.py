@@ -9,7 +9,7 @@ import torch
 import toys
 from torch import nn
 
-from arena.core import features
+from arena.core import features, rates
 from arena.core.contracts import Step
 from arena.core.models import Classifier, ModelSpec
 from arena.core.networks import Network
@@ -73,7 +73,7 @@ class Fits:
 
 def test_teacher_and_student_follow_the_schedule(planted, clean, rng, monkeypatch):
     fits = Fits()
-    monkeypatch.setattr(nad, "fit", fits)
+    monkeypatch.setattr(rates, "fit", fits)
     defenses.build("nad:teacher_epochs=6,epochs=10,decay_every=2,lr=0.03").repair(
         planted, clean, rng
     )
@@ -100,7 +100,7 @@ def test_the_extra_loss_is_the_weighted_distance_to_the_teacher(planted, clean, 
                 weight.add_(0.05 * torch.randn(weight.shape, generator=stream(0, "shake")))
 
     fits = Fits(shake)
-    monkeypatch.setattr(nad, "fit", fits)
+    monkeypatch.setattr(rates, "fit", fits)
     monkeypatch.setattr(nad, "autocast", lambda _: torch.autocast("cpu", enabled=False))
     defenses.build("nad:beta_shallow=3,beta_middle=7,power=1.5,lr=0.01").repair(planted, clean, rng)
     teacher, (student, _, _, more) = fits.calls[0][0], fits.calls[1]
@@ -155,7 +155,7 @@ def test_a_network_without_maps_is_refused(clean, rng):
 
 
 def test_a_model_in_training_mode_is_looked_at_without_a_trace(planted, clean, rng, monkeypatch):
-    monkeypatch.setattr(nad, "fit", Fits())
+    monkeypatch.setattr(rates, "fit", Fits())
     state = {name: value.clone() for name, value in planted.state_dict().items()}
     planted.train()
     repaired = defenses.build("nad").repair(planted, clean, rng)
@@ -166,7 +166,7 @@ def test_a_model_in_training_mode_is_looked_at_without_a_trace(planted, clean, r
 
 def test_distillation_draws_attention_to_the_teachers(planted, clean, monkeypatch):
     """With a teacher that looks elsewhere, the student learns its maps, not only its answers."""
-    fit, teachers = nad.fit, []
+    fit, teachers = rates.fit, []
 
     def crooked(model, data, plan, rng, **more):
         if more["what"].startswith("teacher"):
@@ -176,7 +176,7 @@ def test_distillation_draws_attention_to_the_teachers(planted, clean, monkeypatc
             return model.eval()
         return fit(model, data, plan, rng, **more)
 
-    monkeypatch.setattr(nad, "fit", crooked)
+    monkeypatch.setattr(rates, "fit", crooked)
     x, apart = clean.x / 255, {}
     for beta in (0, 2000):
         spec = f"nad:beta_shallow={beta},beta_middle=0,lr=0.02,epochs=4,crop=0,cutout=0"

@@ -9,15 +9,15 @@ import torch
 import toys
 from torch import Generator
 
-from arena.core import rates, training
+from arena.core import progress, rates, training
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.rates import RATES, Rung, rungs
 from arena.core.registry import defenses
 from arena.core.seeding import stream
-from arena.defenses import mcr, nad
+from arena.defenses import mcr
 
-TRAINS = {"finetune": [rates], "nad": [nad], "fine_pruning": [rates], "mcr": [rates, mcr]}
+TRAINS = {"finetune": [rates], "nad": [rates], "fine_pruning": [rates], "mcr": [rates, mcr]}
 SETTINGS: dict[str, Any] = {"max_drop": 0.05, "held_out": 0.2}
 
 
@@ -79,6 +79,39 @@ def test_with_nothing_to_hold_out_it_is_the_lowest(planted: Classifier, clean: I
 def test_no_more_are_held_out_than_tell(planted: Classifier) -> None:
     many = toys.images(6000, stream(0, "many"))
     assert len(asked(planted, many)[0].images) == 5000
+
+
+@pytest.mark.parametrize("name", ["finetune", "nad"])
+def test_looks_on_the_way_tell_the_accuracy_and_change_nothing(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    told: list[tuple[str, float, float, float]] = []
+
+    def hear(what: str, done: float, total: float, figures: dict[str, float]) -> None:
+        if "accuracy" in figures:
+            told.append((what, done, total, figures["accuracy"]))
+
+    def accuracy(model: Classifier, images: Images) -> float:
+        assert len(images) == 40, "those held out"
+        seen.append(len(seen) / 1000)
+        truly(model, images)  # as it would be, in evaluation mode and back
+        return seen[-1]
+
+    truly, seen = rates.accuracy, list[float]()
+    monkeypatch.setattr(rates, "accuracy", accuracy)
+    method = defenses.build(f"{name}:epochs=3,crop=1,cutout=0,max_drop=1", "fast")
+    weights = []
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(rates, "_OFTEN", seconds)
+        with progress.listening(hear):
+            repaired = method.repair(planted, clean, stream(0, "repair"))
+        weights.append(repaired.state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    what = {"finetune": "fine-tuning at 0.1", "nad": "distillation at 0.1"}[name]
+    steps = 160 // 64
+    of_one = [line for line in told if line[0] == what]
+    assert [line[1:3] for line in of_one] == [(steps, 3 * steps), (2 * steps, 3 * steps)]
+    assert {line[3] for line in of_one} < set(seen)
 
 
 def wrecks(at_least: float, fits: list[str]) -> Any:

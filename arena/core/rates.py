@@ -10,19 +10,23 @@ Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), two between, 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Generator
 
-from arena.core.contracts import Images
+from arena.core.contracts import BatchHook, Images
 from arena.core.models import Classifier
+from arena.core.progress import report
 from arena.core.training import Recipe, accuracy, fit, split
 
 RATES = (0.1, 0.05, 0.02, 0.01)
 MOST_HELD = 1000  # images: more tell no more
+_OFTEN = 10.0  # seconds between two looks at them while a copy is trained
 
 
 def falling(plan: Recipe, decay_every: int | None) -> Recipe:
@@ -36,12 +40,37 @@ class Rung:
 
     rate: float
     images: Images
-    held: Images | None  # None: there is no lower rate, and nothing to decide
-    floor: float = 0.0
+    held: Images | None  # None: none are held out, and nothing can decide
+    floor: float = 0.0  # of the accuracy on them; 0: there is no lower rate
 
     def bears(self, tuned: Classifier) -> bool:
         """Whether this rate does not cost too much, or there is no other."""
         return self.held is None or accuracy(tuned, self.held) >= self.floor
+
+    def fit(
+        self, model: Classifier, plan: Recipe, rng: Generator, *, what: str, **more: Any
+    ) -> None:
+        """Train `model`, in place, on the images, and tell its accuracy on those held out."""
+        fit(
+            model, self.images, plan, rng, on_batch=self._look(model, plan, what), what=what, **more
+        )
+
+    def _look(self, model: Classifier, plan: Recipe, what: str) -> BatchHook | None:
+        """Changes nothing: looks where an epoch has ended, not too often, since a look costs."""
+        if (held := self.held) is None:
+            return None
+        steps = len(self.images) // min(plan.batch, len(self.images))
+        made, last = 0, time.monotonic()
+
+        def look(images: Images, _: Generator) -> Images:
+            nonlocal made, last
+            if made and made % steps == 0 and time.monotonic() - last >= _OFTEN:
+                report(what, made, steps * plan.epochs, accuracy=accuracy(model, held))
+                last = time.monotonic()
+            made += 1
+            return images
+
+        return look
 
 
 def rungs(
@@ -69,7 +98,7 @@ def rungs(
         return
     floor = accuracy(model, held) - max_drop - 1e-9  # the drop itself is within the limit
     for rate in RATES:
-        yield Rung(rate, tune, None if rate == RATES[-1] else held, floor)
+        yield Rung(rate, tune, held, 0.0 if rate == RATES[-1] else floor)
 
 
 def tuned(
@@ -90,7 +119,7 @@ def tuned(
     for rung in rungs(model, clean, rng, lr=lr, max_drop=max_drop, held_out=held_out):
         copy, what = deepcopy(model), f"fine-tuning at {rung.rate:g}"
         with inside(copy):
-            fit(copy, rung.images, plan(rung.rate), rng, what=what)
+            rung.fit(copy, plan(rung.rate), rng, what=what)
         if rung.bears(copy):
             break
     return copy

@@ -30,7 +30,7 @@ from torch import Generator, Tensor
 from arena.core.contracts import Images, Step
 from arena.core.features import features
 from arena.core.models import LEVELS, Classifier
-from arena.core.rates import falling, rungs
+from arena.core.rates import Rung, falling, rungs
 from arena.core.registry import BadInput, method, param
 from arena.core.training import (
     Recipe,
@@ -39,7 +39,6 @@ from arena.core.training import (
     device_of,
     evaluating,
     finetuning,
-    fit,
 )
 
 PLACES = {"shallow": 32**2, "middle": 16**2, "deep": 8**2}  # of the paper's maps, on CIFAR-10
@@ -108,18 +107,17 @@ class NAD:
         self.check(model, clean)
         rates = rungs(model, clean, rng, lr=self.lr, max_drop=self.max_drop, held_out=self.held_out)
         for rung in rates:
-            lr, images, teacher = rung.rate, rung.images, deepcopy(model)
-            plan = self._plan(self.teacher_epochs, lr)
-            fit(teacher, images, plan, rng, what=f"teacher at {lr:g}")
+            teacher, plan = deepcopy(model), self._plan(self.teacher_epochs, rung.rate)
+            rung.fit(teacher, plan, rng, what=f"teacher at {rung.rate:g}")
             if not rung.bears(teacher):
                 continue
-            student = self._taught(model, teacher.eval(), images, lr, rng)
+            student = self._taught(model, teacher.eval(), rung, rng)
             if rung.bears(student):
                 break
         return student
 
     def _taught(
-        self, model: Classifier, teacher: Classifier, images: Images, lr: float, rng: Generator
+        self, model: Classifier, teacher: Classifier, rung: Rung, rng: Generator
     ) -> Classifier:
         """A copy of `model` whose attention follows the teacher's."""
         student, device = deepcopy(model), device_of(model)
@@ -137,9 +135,9 @@ class NAD:
             ]
             return torch.stack(terms).sum()
 
-        fit(
-            student, images, self._plan(self.epochs, lr), rng,
-            extra_loss=distil, levels=levels, what=f"distillation at {lr:g}",
+        rung.fit(
+            student, self._plan(self.epochs, rung.rate), rng,
+            what=f"distillation at {rung.rate:g}", extra_loss=distil, levels=levels,
         )  # fmt: skip
         return student
 
