@@ -16,9 +16,8 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +31,8 @@ from arena.store import check_writable, open_store
 
 if TYPE_CHECKING:
     from arena.boards import Board
-    from arena.runner import Plan, Runner, Summary
+    from arena.planning import Plan
+    from arena.runner import Runner, Summary
     from arena.store import Store
     from arena.subjects import Subject
 
@@ -348,7 +348,8 @@ def _run(
 
     check_names(board)  # before torch and the data are loaded
     store = Store(folder)
-    from arena.runner import Runner, make_plan
+    from arena.planning import make_plan
+    from arena.runner import Runner
 
     where = _device(device)
     with _status("loading the data", quiet=as_json):
@@ -408,57 +409,10 @@ def _device(name: str) -> str:
 submit_cli.mount(app, leaderboard_app, _device)
 
 
-@contextmanager
-def _status(what: str, quiet: bool) -> Iterator[None]:
-    """A progress bar, or plain lines, for work that reports through arena.core.progress."""
-    from arena.core import progress
+def _status(what: str, quiet: bool) -> AbstractContextManager[None]:
+    from arena.watch import status
 
-    if quiet:
-        yield
-        return
-    if not sys.stderr.isatty():
-        with progress.listening(_line_now_and_then()):
-            yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(what, total=None)
-
-        def show(what: str, done: float, total: float, figures: dict[str, float]) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        with progress.listening(show):
-            yield
-
-
-def _line_now_and_then(every: float = 30.0) -> Callable[[str, float, float, object], None]:
-    """A line on standard error for long work, with its share and the time left."""
-    from arena.watch import duration
-
-    begun: dict[str, float] = {}
-    told = time.monotonic()
-
-    def show(what: str, done: float, total: float, figures: object) -> None:
-        nonlocal told
-        now = time.monotonic()
-        since = now - begun.setdefault(what, now)
-        if now - told < every or not done or not total:
-            return
-        told = now
-        left = since / done * (total - done)
-        text = f"{what}: {done / total:.0%}, about {duration(left)} left"
-        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-    return show
+    return nullcontext() if quiet else status(what)
 
 
 def _watched(runner: Runner, quiet: bool) -> Summary:
@@ -524,13 +478,12 @@ def _close(plan: Plan, store: Store, summary: Summary, as_json: bool) -> int:
     """Write the leaderboard, show it, and say how the run ended."""
     from arena.measuring import lacking
     from arena.report.rows import aligned, flatten
-    from arena.runner import board_records
     from arena.site import write_run
     from arena.watch import print_table
 
     keys = {cell.key for cell in plan.cells}
     board = plan.board
-    records = [r for r in board_records(store, board.name, board.version) if r["key"] in keys]
+    records = [r for r in store.board_records(board.name, board.version) if r["key"] in keys]
     paths = write_run(store, board.name, records)
     rows = [flatten(record) for record in records]
     if as_json:
@@ -1044,12 +997,11 @@ def results(
     """The rows of a store: one per cell for scripts (json), means over seeds for people."""
     from arena.report import tables
     from arena.report.rows import aligned, flatten
-    from arena.runner import board_records
     from arena.watch import print_table
 
     if format not in tables.FORMATS:
         raise BadInput(f"There is no format {format!r}; {nearest(format, tables.FORMATS)}")
-    rows = [flatten(record) for record in board_records(open_store(store), board)]
+    rows = [flatten(record) for record in open_store(store).board_records(board)]
     for key, wanted in (("attack", attack), ("defense", defense)):
         if wanted is not None:
             names = {row[f"{key}_name"] for row in rows}

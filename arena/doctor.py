@@ -119,7 +119,7 @@ def _processor() -> list[Finding]:
     import torch
 
     from arena.core.training import has_bf16
-    from arena.runner import processor
+    from arena.provenance import processor
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads, load = torch.get_num_threads(), _load()

@@ -25,9 +25,9 @@ from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput, code_hash, short_spec, spec_of, split_spec
 from arena.core.seeding import stream
+from arena.identity import method_identity
 from arena.referee.isolate import keep_freed_memory
 from arena.referee.keeping import FileCheckpoint
-from arena.runner import method_identity
 from arena.store import Store, digest
 from arena.subjects import Subject
 

@@ -169,10 +169,9 @@ def _rows_of(word: str, board: str | None) -> list[dict[str, Any]]:
 
     path = Path(word)
     if (path / "store.json").is_file():
-        from arena.runner import board_records
         from arena.store import Store
 
-        return [flatten(record) for record in board_records(Store(path), board)]
+        return [flatten(record) for record in Store(path).board_records(board)]
     if path.is_file():
         rows = [flatten(row) for row in read_rows(path)]
     elif (path / "results.json").is_file() or (path / "entries").is_dir():

@@ -18,7 +18,7 @@ from arena.core import training
 from arena.core.registry import BadInput, defenses, nearest, short_spec, spec_of
 from arena.core.whole import share_refusal
 from arena.store import Store
-from arena.subjects import Subject, ask, digest, with_weights
+from arena.subjects import Subject, ask, ask_once, digest, with_weights
 
 MAX_DROP = 0.05  # accuracy that a repair may cost to be recommended
 
@@ -81,10 +81,9 @@ def repair(
             row |= {"status": "failed", "reason": reason}
             continue
         try:
-            found, state = ask(
-                subject, "repair", {"spec": spec_of(method)}, store,
-                clean_share=question.clean_share, device=device,
-            )  # fmt: skip
+            found, state = ask_once(
+                subject, "repair", method, store, clean_share=question.clean_share, device=device
+            )
         except BadInput as error:
             row |= {"status": "failed", "reason": str(error)}
             continue

@@ -12,20 +12,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
-import platform
 import shutil
-import subprocess
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +30,33 @@ from arena import data as datasets
 from arena.boards import Board
 from arena.core import checks, models, poisoning, training
 from arena.core.metric_list import der, wilson
-from arena.core.recipes import recipe_for
 from arena.core.registry import (
     BadInput,
     attacks,
     code_hash,
     defenses,
     files_of,
-    nearest,
-    registry_of,
-    short_spec,
     spec_of,
     split_spec,
-    stranger_of,
 )
 from arena.core.seeding import stream
 from arena.core.whole import share_refusal
-from arena.data import Dataset
+from arena.identity import (
+    describe_attack,
+    describe_defense,
+    is_foreign,
+    method_files,
+    method_identity,
+)
 from arena.measuring import Asked, entry, failure, key_of, lacking
+from arena.planning import Cell, Estimate, Plan, Victim, estimate, measuring_seconds, past_seconds
+from arena.provenance import provenance
 from arena.referee import isolate, returned, sandbox
 from arena.referee.answers import check_answer
 from arena.referee.isolate import Done, Failed, Refused, Stop
 from arena.referee.keeping import Desk
 from arena.referee.sandbox import Limits
-from arena.store import Artifact, DiskFull, Store, digest, file_sha256, load_tensors, save_tensors
+from arena.store import Artifact, DiskFull, Store, digest, load_tensors, save_tensors
 
 log = logging.getLogger("arena")
 
@@ -66,304 +64,6 @@ FINAL = ("ok", "not_established", "collapsed", "not_applicable")  # others are t
 RECORD_BYTES = 20_000  # of a record and a reading: enough
 MOST_TRIGGER = 2**32  # bytes that a trigger's networks may have
 MOST_EPOCHS = 10_000  # whose losses are kept
-PROTOCOL = 2  # of training and scoring inside arena.referee.worker; raised when results change
-
-
-# -------------------------------------------------------------------------------------- the plan
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What the victims of one board share."""
-
-    dataset: Dataset
-    model: str
-    recipe: str
-    plan: training.Recipe
-    flops: float  # of one image's forward pass
-    shapes: returned.Shapes  # of its weights
-
-    @property
-    def weights_bytes(self) -> int:
-        return sum(math.prod(shape) * kind.itemsize for shape, kind in self.shapes.values())
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "data": self.dataset.fingerprint,
-            "model": self.model,
-            "recipe": dataclasses.asdict(self.plan),
-            "network": code_hash("arena.core.victims", models.info(self.model).build.__module__),
-            "protocol": PROTOCOL,
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class Victim:
-    """A model to be trained: backdoored, or the clean twin (attack `none`)."""
-
-    key: str
-    setting: Setting
-    attack: Any
-    seed: int
-    twin: Victim | None  # None: it is the twin itself
-    refusal: str = ""  # why the attack cannot apply to this data set
-
-    @property
-    def name(self) -> str:
-        return f"{self.label} on {self.setting.dataset.name.partition(':')[0]}, seed {self.seed}"
-
-    @property
-    def label(self) -> str:
-        return "clean twin" if self.twin is None else short_spec(self.attack)
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One row: a victim and the defense that repairs it."""
-
-    key: str
-    victim: Victim
-    defense: Any
-    twin_cell: Cell | None  # the same defense on the clean twin
-
-    @property
-    def name(self) -> str:
-        return f"{short_spec(self.defense)} against {self.victim.name}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    board: Board
-    victims: tuple[Victim, ...]  # by seed, twins first
-    cells: tuple[Cell, ...]  # by seed, those of the twins first
-    measures: tuple[Asked, ...] = ()
-
-
-def method_identity(instance: Any) -> dict[str, Any]:
-    """What makes a method's results: full spec, code (of a stranger also the sha256 of the file),
-    the content of files and folders that it names, and the same of the methods that it wraps."""
-    files: dict[str, Any] = {}
-    wrapped: dict[str, Any] = {}
-    for f in dataclasses.fields(instance):
-        if not (value := getattr(instance, f.name)):
-            continue
-        if f.metadata.get("path"):
-            files[f.name] = file_sha256(Path(value).expanduser())
-        elif f.metadata.get("folder"):
-            folder = Path(value).expanduser()
-            files[f.name] = {
-                str(path.relative_to(folder)): file_sha256(path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            }
-        elif kind := f.metadata.get("spec"):
-            wrapped[f.name] = method_identity(registry_of(kind).build(value))
-    for name, inner in getattr(instance, "wraps", {}).items():
-        wrapped[name] = method_identity(inner)
-    found = {"spec": spec_of(instance), "code": code_hash(type(instance).__module__)}
-    if (path := stranger_of(instance)) is not None:
-        found["file"] = file_sha256(path)
-    return found | ({"files": files} if files else {}) | ({"wrapped": wrapped} if wrapped else {})
-
-
-def method_files(instance: Any) -> list[str]:
-    """The files and folders that a method names, those of the methods that it wraps, and where the
-    code of one lies that is no part of the arena: what its process must see."""
-    found: list[str] = []
-    for f in dataclasses.fields(instance):
-        if not (value := getattr(instance, f.name)):
-            continue
-        if f.metadata.get("path") or f.metadata.get("folder"):
-            found.append(str(Path(value).expanduser()))
-        elif kind := f.metadata.get("spec"):
-            found += method_files(registry_of(kind).build(value))
-    for inner in getattr(instance, "wraps", {}).values():
-        found += method_files(inner)
-    found += files_of(instance)
-    if (file := stranger_of(instance)) is not None and str(file) not in found:
-        depth = type(instance).__module__.count(".")
-        found.append(str(file.parents[depth - 1] if depth else file))  # its whole package
-    return sorted(set(found))
-
-
-def _is_foreign(instance: Any) -> bool:
-    """Whether a method, or one that it wraps, is somebody else's code."""
-    wrapped = list(getattr(instance, "wraps", {}).values())
-    for f in dataclasses.fields(instance):
-        if (kind := f.metadata.get("spec")) and (value := getattr(instance, f.name)):
-            wrapped.append(registry_of(kind).build(value))
-    return not type(instance).__module__.startswith("arena.") or any(map(_is_foreign, wrapped))
-
-
-def make_plan(board: Board, data_dir: Path | str | None = None) -> Plan:
-    """All victims and cells of a board. Loads the data sets. Raises BadInput."""
-    attacks, defenses = board.attacks(), board.defenses()
-    measures = tuple(Asked(measure, method_identity(measure)) for measure in board.measures())
-    known_models = [models.info(name) for name in board.model]  # unknown names before any data
-    assert known_models
-    sets = [datasets.load(spec, data_dir=data_dir) for spec in board.dataset]
-    for asked in measures:
-        for dataset in sets:
-            for seed in board.seed:
-                asked.method.check(dataset.val, dataset.test, dataset.num_classes, seed)
-    victims: list[Victim] = []
-    cells: list[Cell] = []
-    refusals: dict[str, list[str]] = {}
-    for dataset in sets:
-        for model in board.model:
-            setting = make_setting(dataset, model, board.recipe)
-            for seed in board.seed:
-                twin: Victim | None = None
-                twin_cells: dict[Any, Cell] = {}
-                for attack in attacks:
-                    victim = make_victim(setting, attack, seed, twin)
-                    refusals.setdefault(spec_of(attack), []).append(victim.refusal)
-                    victims.append(victim)
-                    for defense in defenses:
-                        cell = make_cell(victim, defense, board, twin_cells.get(defense))
-                        cells.append(cell)
-                        if twin is None:
-                            twin_cells[defense] = cell
-                    twin = twin or victim
-    for reasons in refusals.values():
-        if all(reasons):
-            raise BadInput(reasons[0])
-    too_few = [
-        share_refusal(defense, board.clean_share)
-        for defense in defenses
-        if not getattr(defense, "null", False)
-    ]
-    if too_few and all(too_few):
-        raise BadInput(too_few[0])
-    # seed by seed, so that a run cut short leaves whole tables; twins first, others wait for them
-    return Plan(
-        board,
-        tuple(sorted(victims, key=lambda victim: (victim.seed, victim.twin is not None))),
-        tuple(sorted(cells, key=lambda c: (c.victim.seed, c.twin_cell is not None))),
-        measures,
-    )
-
-
-def make_setting(dataset: Dataset, model: str, recipe: str) -> Setting:
-    network = models.build(model, dataset.num_classes, dataset.shape, stream(0, "shell"))
-    return Setting(
-        dataset=dataset,
-        model=model,
-        recipe=recipe,
-        plan=recipe_for(recipe, model),
-        flops=_flops(network, dataset.shape),
-        shapes=returned.shapes(network.state_dict()),
-    )
-
-
-def make_victim(setting: Setting, attack: Any, seed: int, twin: Victim | None) -> Victim:
-    refusal = ""
-    try:
-        attack.check(setting.dataset.shape, setting.dataset.counts)
-    except BadInput as error:
-        refusal = str(error)
-    key = digest(
-        {**setting.describe(), "kind": "victim", "seed": seed, "attack": method_identity(attack)}
-    )
-    return Victim(key, setting, attack, seed, twin, refusal)
-
-
-def make_cell(victim: Victim, defense: Any, board: Board, twin_cell: Cell | None) -> Cell:
-    key = digest(
-        {
-            "kind": "cell",
-            "victim": victim.key,
-            "defense": method_identity(defense),
-            "clean_share": board.clean_share,
-            "scoring": code_hash("arena.core.metrics", "arena.core.checks"),
-            "protocol": PROTOCOL,
-        }
-    )
-    return Cell(key, victim, defense, twin_cell)
-
-
-def _flops(network: torch.nn.Module, shape: tuple[int, int, int]) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *shape))
-    return float(counter.get_total_flops())
-
-
-# ------------------------------------------------------------------------------------- estimates
-
-
-@dataclass(frozen=True)
-class Estimate:
-    seconds: float
-    disk_bytes: float
-
-
-@cache
-def device_rate(device: str) -> float:
-    """FLOP/s that training may reach there: half of a measured matrix product."""
-    where = torch.device(device)
-    size = 4096 if where.type == "cuda" else 1024
-    kind = torch.bfloat16 if training.has_bf16(where) else torch.float32
-    a = torch.ones(size, size, device=where, dtype=kind)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        float((a @ a)[0, 0])
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 2
-
-
-def estimate(task: Victim | Cell, board: Board, device: str, past: Mapping[str, float]) -> Estimate:
-    """Seconds and bytes that a task will take: as before where it was seen, else by FLOPs."""
-    victim = task.victim if isinstance(task, Cell) else task
-    setting = victim.setting
-    n, test = len(setting.dataset.train), len(setting.dataset.test)
-    image = setting.dataset.train.x[0].numel()
-    rate = device_rate(device)
-    scoring = 2 + 3 * test * setting.flops / rate
-    if isinstance(task, Victim):
-        steps = max(1, n // setting.plan.batch)
-        epochs = max(setting.plan.epochs, -(-setting.plan.min_steps // steps))
-        train = 3 * epochs * n * setting.flops / rate
-        if hasattr(victim.attack, "train"):  # it has more to do in every step
-            train *= 2
-        train = past.get(_habit(victim), train)
-        bytes_ = setting.weights_bytes + test * image + 0.1 * n * image
-        return Estimate(train + scoring, bytes_)
-    work = 3 * 30 * board.clean_share * n * setting.flops / rate
-    if task.defense.method_name in ("none", "random_prune"):
-        work = 0.5
-    return Estimate(past.get(_habit(task), work) + scoring, setting.weights_bytes)
-
-
-def _habit(task: Victim | Cell) -> str:
-    victim = task.victim if isinstance(task, Cell) else task
-    where = _where(victim.setting)
-    if isinstance(task, Cell):
-        return f"{where}/{spec_of(task.defense)}"
-    return f"{where}/{task.attack.method_name if hasattr(task.attack, 'train') else 'victim'}"
-
-
-def _where(setting: Setting) -> str:
-    return f"{setting.dataset.fingerprint}/{setting.model}/{setting.recipe}"
-
-
-def past_seconds(store: Store) -> dict[str, float]:
-    """How long victims, defenses and measures took in this store, by data, model and recipe."""
-    found: dict[str, float] = {}
-    for record in store.records():
-        with suppress(KeyError, TypeError):
-            where = f"{record['dataset']['fingerprint']}/{record['model']}/{record['recipe']}"
-            attack = record["attack"]
-            controls = attack["threat"] == "controls training"
-            trained = f"{where}/{attack['name'] if controls else 'victim'}"
-            found[trained] = float(record["victim_budget"]["seconds"])
-            found[f"{where}/{record['defense']['spec']}"] = float(record["budget"]["seconds"])
-            for spec, measured in record.get("measures", {}).items():
-                if measured["status"] == "ok" and not measured["after"]["resumed"]:
-                    found[f"{where}/measure/{spec}"] = float(measured["after"]["seconds"])
-    return found
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -456,16 +156,13 @@ class Runner:
     def _measuring(self, cell: Cell, device: str, past: Mapping[str, float]) -> float:
         """Seconds that the measures of a cell will take. The victim is measured once, with the
         null defense, whose model it is."""
-        setting = cell.victim.setting
         record = self.store.record(cell.key) or {}
         after = record.get("weights", {}).get("after")
         seconds = 0.0
         for asked in lacking(record, self.plan.measures) if after else self.plan.measures:
             if after and self.store.has(self._reading_key(asked, cell.victim, after, device)):
                 continue
-            passes = asked.method.passes(setting.dataset.num_classes)
-            guess = 1 + passes * setting.flops / device_rate(device)
-            seconds += past.get(f"{_where(setting)}/measure/{asked.spec}", guess)
+            seconds += measuring_seconds(asked, cell.victim.setting, device, past)
         return seconds
 
     # ---------------------------------------------------------------------------------- the loop
@@ -484,8 +181,8 @@ class Runner:
         summary = Summary()
         victims, cells = self.todo()
         summary.cached = len(self.plan.cells) - len(cells)
-        weights = {key: e.seconds for key, e in self._estimates.items()}
-        self._say("plan", seconds=sum(weights.values()), cells=len(cells), cached=summary.cached)
+        whole = sum(e.seconds for e in self._estimates.values())
+        self._say("plan", seconds=whole, cells=len(cells), cached=summary.cached)
         waiting: list[Victim | Cell] = [*victims, *cells]
         ready_keys = {v.key for v in self.plan.victims} - {v.key for v in victims}
         ready_keys |= {c.key for c in self.plan.cells} - {c.key for c in cells}
@@ -529,7 +226,7 @@ class Runner:
                     self._say(
                         "finished",
                         name=task.name,
-                        seconds=weights.get(task.key, 0.0),
+                        seconds=self._guess(task),
                         record=outcome if isinstance(task, Cell) else None,
                         error=broken[task.key].reason if task.key in broken else "",
                     )
@@ -543,8 +240,13 @@ class Runner:
             pool.shutdown(wait=True, cancel_futures=True)
         return summary
 
+    def _guess(self, task: Victim | Cell) -> float:
+        """The seconds that the task was expected to take when the run began."""
+        known = self._estimates.get(task.key)
+        return known.seconds if known else 0.0
+
     def _do(self, task: Victim | Cell, device: str, broken: Mapping[str, Failed]) -> Any:
-        self._say("started", name=task.name, key=task.key)
+        self._say("started", name=task.name, key=task.key, seconds=self._guess(task))
         if isinstance(task, Victim):
             if (found := self.store.artifact(task.key)) is not None:  # another runner was faster
                 return found
@@ -622,7 +324,7 @@ class Runner:
         }
         started = _now()
         test_files = dict(setting.dataset.files["test"])
-        origin = digest(method_identity(victim.attack)) if _is_foreign(victim.attack) else ""
+        origin = digest(method_identity(victim.attack)) if is_foreign(victim.attack) else ""
         desk = Desk(self.store, folder, origin)
         trained: dict[str, float] = {}
 
@@ -1185,129 +887,3 @@ def _finite(value: float | None) -> float | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-# ------------------------------------------------------------------------------------- provenance
-
-
-def describe_attack(attack: Any) -> dict[str, Any]:
-    from arena.core.poisoning import scope
-
-    controls = hasattr(attack, "train")
-    return {
-        "name": attack.method_name,
-        "short": short_spec(attack),
-        **method_identity(attack),
-        "threat": "controls training" if controls else getattr(attack, "threat", "poisons data"),
-        "scope": scope(attack) if attack.method_name != "none" else "none",
-        "labels": "kept" if _keeps_labels(attack) else "changed",
-        "trigger": getattr(attack, "trigger_kind", "static"),
-    }
-
-
-def _keeps_labels(attack: Any) -> bool:
-    """As it is set up: some attacks keep labels or change them, as a field says."""
-    return bool(getattr(attack, "keeps_labels", getattr(attack, "labels", "changed") == "kept"))
-
-
-def describe_defense(defense: Any) -> dict[str, Any]:
-    return {
-        "name": defense.method_name,
-        "short": short_spec(defense),
-        **method_identity(defense),
-        "null": bool(getattr(defense, "null", False)),
-    }
-
-
-@cache
-def provenance(device: str, threads: int) -> dict[str, Any]:
-    """Hardware, versions and commit of this process."""
-    where = torch.device(device)
-    packages = ("backdoor-arena", "torchvision", "timm", "numpy", "safetensors")
-    return {
-        "hardware": {
-            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else processor(),
-            "kind": where.type,
-            "bf16": training.has_bf16(where),
-            "threads": threads,
-            "cpus": os.cpu_count(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "cuda": torch.version.cuda if where.type == "cuda" else None,
-            **{name: _version(name) for name in packages},
-            "torch": torch.__version__,  # with the build
-        },
-        "commit": _commit(),
-    }
-
-
-def processor() -> str:
-    """The processor's name."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    """The git commit of the arena's own checkout, with a '+' when files differ from it; or ''."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return ""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-
-
-# ------------------------------------------------------------------------------------ reading back
-
-
-def board_records(
-    store: Store, name: str | None = None, version: int | None = None
-) -> list[dict[str, Any]]:
-    """Records of a board, or of all boards, each as a row of its board: those of `version`, or of
-    the newest. Versions share cells, and two of them in one table would say everything twice.
-    Raises BadInput."""
-    boards = store.boards()
-    if name is not None:
-        names = {board["name"] for board in boards}
-        if name not in names:
-            raise BadInput(f"There is no board {name!r} in this store; {nearest(name, names)}.")
-        boards = [board for board in boards if board["name"] == name]
-    newest: dict[str, int] = {}
-    for board in boards:
-        newest[board["name"]] = max(board["version"], newest.get(board["name"], 0))
-    boards = [b for b in boards if b["version"] == (version or newest[b["name"]])]
-    found = {record["key"]: record for record in store.records()}
-    return [
-        {
-            **_of_board(found[key], board),
-            "board": {"name": board["name"], "version": board["version"]},
-        }
-        for board in boards
-        for key in board["cells"]
-        if key in found
-    ]
-
-
-def _of_board(record: dict[str, Any], board: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without what other boards had measured of the same cell."""
-    asked = (board.get("definition") or {}).get("measure", ())
-    kept = {spec: found for spec, found in record.get("measures", {}).items() if spec in asked}
-    rest = {name: value for name, value in record.items() if name != "measures"}
-    return rest | ({"measures": kept} if kept else {})

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from arena.boards import check_recipe
 from arena.core.inversion.distances import ANOMALY
-from arena.core.registry import BadInput, defenses, nearest, short_spec, spec_of
+from arena.core.registry import BadInput, defenses, nearest, short_spec
 from arena.store import Store
-from arena.subjects import Subject, ask
+from arena.subjects import Subject, ask_once
 
 
 def scanners() -> list[str]:
@@ -44,8 +44,9 @@ def scan(
     under it, they do. Raises BadInput.
     """
     method, data = defenses.build(text, recipe), subject.data
-    question = {"spec": spec_of(method)}
-    found, written = ask(subject, "scan", question, store, clean_share=clean_share, device=device)
+    found, written = ask_once(
+        subject, "scan", method, store, clean_share=clean_share, device=device
+    )
     each, matrix = found["per_class"], None
     if each and isinstance(each[0], list):  # by victim and target
         matrix, each = each, [max(column) for column in zip(*each, strict=True)]

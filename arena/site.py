@@ -29,10 +29,9 @@ def board_of(
     """
     from arena.gallery import pictures
     from arena.report.rows import flatten, measured_columns
-    from arena.runner import board_records
 
     if records is None:
-        records = board_records(store, name)
+        records = store.board_records(name)
     if not records:
         raise BadInput(f"The board {name!r} has no finished cells yet; run it first.")
     shown = measured_columns(map(flatten, records))

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arena.core.registry import BadInput
+from arena.core.registry import BadInput, nearest
 from arena.records import BOARD, RECORD, misfit
 
 if TYPE_CHECKING:
@@ -303,6 +303,33 @@ class Store:
             found.append(body)
         return found
 
+    def board_records(
+        self, name: str | None = None, version: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Records of a board, or of all boards, each as a row of its board: those of `version`, or
+        of the newest. Versions share cells, and two of them in one table would say everything
+        twice. Raises BadInput."""
+        boards = self.boards()
+        if name is not None:
+            names = {board["name"] for board in boards}
+            if name not in names:
+                raise BadInput(f"There is no board {name!r} in this store; {nearest(name, names)}.")
+            boards = [board for board in boards if board["name"] == name]
+        newest: dict[str, int] = {}
+        for board in boards:
+            newest[board["name"]] = max(board["version"], newest.get(board["name"], 0))
+        boards = [b for b in boards if b["version"] == (version or newest[b["name"]])]
+        found = {record["key"]: record for record in self.records()}
+        return [
+            {
+                **_of_board(found[key], board),
+                "board": {"name": board["name"], "version": board["version"]},
+            }
+            for board in boards
+            for key in board["cells"]
+            if key in found
+        ]
+
     # ----------------------------------------------------------------------- locks and work space
 
     def lock(self, key: str) -> FileLock:
@@ -344,6 +371,14 @@ class Store:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
+
+
+def _of_board(record: dict[str, Any], board: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what other boards had measured of the same cell."""
+    asked = (board.get("definition") or {}).get("measure", ())
+    kept = {spec: found for spec, found in record.get("measures", {}).items() if spec in asked}
+    rest = {name: value for name, value in record.items() if name != "measures"}
+    return rest | ({"measures": kept} if kept else {})
 
 
 def open_store(folder: Path | None) -> Store:

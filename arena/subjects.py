@@ -6,6 +6,7 @@ Methods that examine them run in processes of their own, which hold the model an
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -20,16 +21,18 @@ from torch import Tensor
 from arena import data as datasets
 from arena.checkpoints import read_weights
 from arena.core import foreign, models, training
+from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.progress import report
-from arena.core.registry import BadInput, defenses, files_of, split_spec
+from arena.core.registry import BadInput, code_hash, defenses, files_of, spec_of, split_spec
 from arena.core.seeding import stream
 from arena.data import Dataset, unlabelled
+from arena.identity import method_files, method_identity
+from arena.planning import PROTOCOL
 from arena.referee import isolate, returned
 from arena.referee.answers import check_answer
 from arena.referee.sandbox import Limits
-from arena.runner import method_files
-from arena.store import Store, save_tensors
+from arena.store import Store, file_sha256, save_tensors
 from arena.store import digest as json_digest
 
 MOST_OUT = 2**30  # bytes of scores, or of a trigger, that a job may give back
@@ -148,6 +151,69 @@ def _outputs(file: Path, model: str) -> int:
     raise BadInput(f"{file.name} has no weights {head}.weight, as {model} does; is it its network?")
 
 
+def ask_once(
+    subject: Subject,
+    kind: str,
+    method: Any,
+    store: Store,
+    *,
+    clean_share: float,
+    device: str,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As `ask` about a method; what was answered before, by the same code about the same model with
+    the same images, is read from the store. Work that is stopped goes on behind the last answer."""
+    clean = clean_set(subject, clean_share)
+    key = json_digest(
+        {
+            "kind": kind,
+            "weights": digest(subject.model.state_dict()),
+            "network": _network_identity(subject.model),
+            "clean": digest({"x": clean.x, "y": clean.y}),
+            "seed": subject.seed,
+            "method": method_identity(method),
+            "protocol": PROTOCOL,
+            "bf16": training.has_bf16(torch.device(device)),
+        }
+    )
+    store.create()
+    with store.lock(key):
+        known = store.artifact(key)
+        if known is None:
+            answer, tensors = ask(
+                subject, kind, {"spec": spec_of(method)}, store,
+                clean_share=clean_share, device=device,
+            )  # fmt: skip
+            text = json.dumps(dict(answer))  # a store's own JSON has no NaN, a scanner's may
+            meta = {"kind": kind, "method": spec_of(method), "answer": text}
+            known = store.save(key, {"out": tensors} if tensors else {}, meta)
+    found: dict[str, Any] = json.loads(known.meta["answer"])
+    return found, known.tensors("out") if known.path("out").exists() else {}
+
+
+def _network_identity(model: Classifier) -> dict[str, str]:
+    name = model.spec.name
+    if foreign.is_foreign(name):
+        return {"file": file_sha256(Path(foreign.file_of(name))), "layers": str(model)}
+    return {"name": name, "code": code_hash(models.info(name).build.__module__)}
+
+
+def clean_set(subject: Subject, share: float) -> Images:
+    """The clean images that a defense of the subject's cell would get. Raises BadInput."""
+    data, rows = subject.data, subject.poisoned
+    if not 0 < share <= 1:
+        raise BadInput(f"--clean-share must be above 0 and at most 1, got {share:g}.")
+    try:
+        chosen = datasets.draw_clean(
+            data.train.y,
+            share,
+            stream(subject.seed, "clean"),
+            exclude=None if rows is None else rows[rows < len(data.train)],
+        )
+    except ValueError as error:
+        raise BadInput(f"{error}.") from None
+    return data.train.take(chosen)
+
+
 def ask(
     subject: Subject,
     kind: str,
@@ -166,19 +232,7 @@ def ask(
     Returns its answer and the tensors that it wrote (weights, where it repairs). Raises BadInput
     where it fails.
     """
-    data, rows = subject.data, subject.poisoned
-    if not 0 < clean_share <= 1:
-        raise BadInput(f"--clean-share must be above 0 and at most 1, got {clean_share:g}.")
-    try:
-        chosen = datasets.draw_clean(
-            data.train.y,
-            clean_share,
-            stream(subject.seed, "clean"),
-            exclude=None if rows is None else rows[rows < len(data.train)],
-        )
-    except ValueError as error:
-        raise BadInput(f"{error}.") from None
-    clean = data.train.take(chosen)
+    clean = clean_set(subject, clean_share)
     store.create()
     place = store.scratch(json_digest([kind, subject.digest, question, clean_share]))
     shutil.rmtree(place, ignore_errors=True)
@@ -199,8 +253,8 @@ def ask(
         "threads": torch.get_num_threads(),
         "seed": subject.seed,
         "model": subject.model.spec.name,
-        "classes": data.num_classes,
-        "shape": list(data.shape),
+        "classes": subject.data.num_classes,
+        "shape": list(subject.data.shape),
         "weights": str(inputs / "model.safetensors"),
         "clean": str(inputs / "clean.safetensors"),
         "sets": str(inputs / "sets.safetensors"),
@@ -214,7 +268,9 @@ def ask(
             logfile=place / f"{kind}.log",
             hidden=(store.root,),
             limits=limits,
-            on_event=lambda event: report(event["what"], event["done"], event["total"]),
+            on_event=lambda event: report(
+                event["what"], event["done"], event["total"], **event["figures"]
+            ),
         )
         check_answer(kind, answer)
         if "budget" in answer:

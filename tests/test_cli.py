@@ -448,23 +448,27 @@ def test_doctor_sees_a_wrong_pair(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_start_up_is_light(words: list[str], most: float) -> None:
     """Generous limits: a loaded machine is no failure, an imported torch is."""
+    started = time.monotonic()
+    assert heavy_imports(*words) == []
+    assert time.monotonic() - started < most
+
+
+def heavy_imports(*words: str | Path) -> list[str]:
+    """Of the slow packages those that a command imports."""
     code = (
         "import sys; from arena.cli import main; sys.argv[0] = 'arena'\n"
         "try: main()\n"
-        f"finally: print(*({HEAVY} & sys.modules.keys()), file=sys.stderr)"
-    ).replace(str(HEAVY), str(set(HEAVY)))
-    started = time.monotonic()
+        f"finally: print(*({set(HEAVY)} & sys.modules.keys()), file=sys.stderr)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-c", code, *map(str, words)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
     )
-    seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
-    assert done.stderr.split() == []
-    assert seconds < most
+    return done.stderr.split()
 
 
 # ------------------------------------------------------------------------------------- a small run
@@ -540,6 +544,11 @@ def test_null_methods_stand_in_every_table(store: Path, format: str) -> None:
     assert all(name in text for name in ("retrain", "random_prune", "finetune", "patch"))
     if format == "csv":
         assert len(list(csv.DictReader(io.StringIO(answer.out)))) >= 4
+
+
+def test_looking_at_results_is_light(store: Path) -> None:
+    assert heavy_imports("results", "--store", store, "--format", "json") == []
+    assert heavy_imports("show", rows_of(store)[0]["key"], "--store", store) == []
 
 
 def test_results_are_filtered(store: Path) -> None:
@@ -672,17 +681,6 @@ def test_preview_says_where_a_trigger_is_still_to_be_learned(empty: Path) -> Non
 )
 def test_tables_name_the_command_without_the_places_of_this_machine(words, told) -> None:
     assert cli._told(words) == f"arena {told}"
-
-
-def test_long_work_tells_its_share_and_the_time_left(capsys, monkeypatch) -> None:
-    now = iter([0.0, 10.0, 40.0, 41.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
-    show = cli._line_now_and_then(every=30)
-    for done in (1, 4, 5):
-        show("the gan", done, 10, {})
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].endswith("the gan: 40%, about 45 s left")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

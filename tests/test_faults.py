@@ -24,7 +24,8 @@ from test_runner import cell_of, small, victim_of
 
 from arena import runner
 from arena.core.registry import BadInput
-from arena.runner import Plan, Runner
+from arena.planning import Plan
+from arena.runner import Runner
 from arena.store import DiskFull, Store
 
 pytestmark = pytest.mark.slow

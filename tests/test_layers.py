@@ -82,6 +82,8 @@ def is_of(name: str, room: str) -> bool:
         ("data", ["arena.core", "arena.data"]),
         ("store", ["arena.core.registry", "arena.records"]),
         ("boards", ["arena.core.registry", "arena.core.measures"]),
+        ("identity", ["arena.core", "arena.store"]),
+        ("provenance", ["arena.core.training"]),
         ("api", ["arena.core", "arena.data"]),
         ("report", ["arena.core", "arena.report"]),
         ("referee", ["arena.core", "arena.data", "arena.referee", "arena.store"]),
@@ -120,6 +122,11 @@ def test_rooms_that_do_without(room: str, outsiders: list[str]) -> None:
 def test_nobody_imports_the_command_line() -> None:
     found = [name_of(p) for p in FILES if any(is_of(n, "arena.cli") for n in imports(p))]
     assert found == ["arena.__main__"]  # `python -m arena`
+
+
+def test_only_those_import_the_runner_who_run_boards() -> None:
+    found = [name_of(p) for p in FILES if any(is_of(n, "arena.runner") for n in imports(p))]
+    assert found == ["arena.cli", "arena.submissions.checking", "arena.submissions.running"]
 
 
 def test_what_is_hashed_imports_by_full_name() -> None:

@@ -19,12 +19,12 @@ from arena.core.inversion.frozen import Frozen
 from arena.core.measures import COLUMNS, Reading, measures
 from arena.core.progress import listening
 from arena.core.registry import BadInput, code_hash
+from arena.identity import method_identity
 from arena.measures import class_distance
 from arena.measures.class_distance import ClassDistance
 from arena.measures.pgd import PGD
 from arena.measuring import Asked, failure, lacking
 from arena.report.rows import MEASURED, UNITS
-from arena.runner import method_identity
 
 NOTHING = Images(torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
 

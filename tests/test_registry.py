@@ -410,7 +410,7 @@ def test_a_folder_must_be_there(wrapping, tmp_path):
 
 
 def test_what_a_field_names_is_part_of_the_identity(wrapping, tmp_path):
-    from arena.runner import method_identity
+    from arena.identity import method_identity
 
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from test_cli import arena, assert_refused
 from test_foreign import NET
 
-from arena.core import foreign, models
+from arena import subjects
+from arena.core import foreign, models, progress
+from arena.core.registry import BadInput
 from arena.core.seeding import stream
 from arena.core.training import logits
+from arena.referee import isolate
 from arena.repairing import recommended
+from arena.store import Store
 from arena.subjects import of_unlabelled
 
 SIGNS = "signs:size=400,classes=5"
@@ -88,6 +92,54 @@ def test_weights_come_back_as_they_were_named(weights, tmp_path):
     page = (tmp_path / "repaired.md").read_text()
     assert f"**{found['recommended']}**" in page
     assert found["weights"] in page
+
+
+def test_what_was_done_before_a_stop_is_not_done_again(weights, tmp_path, monkeypatch):
+    asked, run, patience = [], isolate.run, 2
+
+    def watched(job, **more):
+        if job["job"] in ("repair", "scan"):
+            asked.append((job["job"], job["spec"].partition(":")[0]))
+            if len(asked) > patience:
+                raise KeyboardInterrupt
+        return run(job, **more)
+
+    def repair(*words):
+        asked.clear()
+        return arena("repair", "--checkpoint", weights, "-m", "fastnet_tiny", "-d", SIGNS, *FEW,
+                     "-D", "finetune:epochs=1", "-D", "random_prune:share=0.1", "--max-drop", 1,
+                     "--scan", "--scanner", "nc:steps=1,samples=9", "--store", tmp_path / "s",
+                     "-o", tmp_path / "out.safetensors", "--json", *words)  # fmt: skip
+
+    monkeypatch.setattr(subjects.isolate, "run", watched)
+    assert repair().code == 130
+    assert asked == [("scan", "nc"), ("repair", "finetune"), ("scan", "nc")]
+    patience = 100
+    first = repair()
+    assert first.code in (0, 1), first.err
+    assert asked == [("scan", "nc"), ("repair", "random_prune"), ("scan", "nc")]
+    assert repair().out == first.out, "seconds and all"
+    assert asked == []
+    patience = 0
+    for other in (("--clean-share", 0.4), ("--scanner", "nc:steps=2,samples=9")):
+        assert repair(*other).code == 130
+        assert asked == [("scan", "nc")], "another question"
+
+
+def test_what_a_method_tells_on_the_way_is_passed_on(weights, tmp_path, monkeypatch):
+    def run(job, *, on_event, **more):
+        on_event({"what": "hardening", "done": 1, "total": 4, "figures": {"accuracy": 0.9}})
+        raise isolate.Failed("failed", "that is enough")
+
+    monkeypatch.setattr(subjects.isolate, "run", run)
+    heard = []
+    subject, store = subjects.of_checkpoint(weights, "fastnet_tiny", SIGNS), Store(tmp_path / "s")
+    with (
+        progress.listening(lambda *told: heard.append(told)),
+        pytest.raises(BadInput, match="repair failed: that is enough"),
+    ):
+        subjects.ask(subject, "repair", {"spec": "none"}, store, clean_share=0.3, device="cpu")
+    assert heard == [("hardening", 1, 4, {"accuracy": 0.9})]
 
 
 def test_a_cell_is_scanned_and_a_repair_that_cannot_be_is_a_row(examined, tmp_path):

@@ -25,21 +25,12 @@ from arena.core.registry import BadInput, attacks
 from arena.core.seeding import stream
 from arena.data import draw_clean
 from arena.defenses.finetune import FineTune
+from arena.identity import describe_attack, method_identity
 from arena.measuring import key_of, lacking
+from arena.planning import Cell, Plan, Victim, make_plan, past_seconds
 from arena.referee import isolate, sandbox
 from arena.report.rows import COLUMNS, MEASURED, flatten
-from arena.runner import (
-    Cell,
-    Plan,
-    Runner,
-    Summary,
-    Victim,
-    board_records,
-    describe_attack,
-    make_plan,
-    method_identity,
-    past_seconds,
-)
+from arena.runner import Runner, Summary
 from arena.site import write_run
 from arena.store import Store, digest, load_tensors
 from arena.subjects import of_cell
@@ -150,7 +141,7 @@ def test_a_run_leaves_complete_records(done: tuple[Plan, Store, Summary]) -> Non
         assert record["weights"]["before"] == victim.sha256("weights")
         assert record["weights"]["after"] == repaired.sha256("weights")
     assert [board["cells"] for board in store.boards()] == [[cell.key for cell in plan.cells]]
-    assert len(board_records(store, "tiny")) == 6
+    assert len(store.board_records("tiny")) == 6
     assert list((store.root / "scratch").iterdir()) == []
     assert list((store.root / "damaged").iterdir()) == []
 
@@ -396,7 +387,7 @@ def entry_of(store: Store, cell: Cell, name: str) -> dict[str, Any]:
 
 def test_without_measures_nothing_tells_of_them(done: tuple[Plan, Store, Summary]) -> None:
     plan, store, _ = done
-    for record in board_records(store, "tiny"):
+    for record in store.board_records("tiny"):
         assert "measures" not in record
         assert tuple(flatten(record)) == COLUMNS
     assert "measure" not in store.boards()[0]["definition"]
@@ -560,16 +551,16 @@ def test_boards_show_what_they_ask_for(
     Runner(small(dataclasses.replace(TINY, name="plain")), store).run()
     names = {
         board: {
-            e["name"] for r in board_records(store, board) for e in r.get("measures", {}).values()
+            e["name"] for r in store.board_records(board) for e in r.get("measures", {}).values()
         }
         for board in ("tiny", "fewer", "plain")
     }
     assert names == {"tiny": {"class_distance", "pgd"}, "fewer": {"pgd"}, "plain": set()}
-    assert all("measures" not in record for record in board_records(store, "plain"))
+    assert all("measures" not in record for record in store.board_records("plain"))
 
     Runner(small(dataclasses.replace(TINY, name="adhoc", measure=(PGD,))), store).run()
     Runner(small(dataclasses.replace(TINY, name="adhoc")), store).run()
-    assert all(record["measures"] for record in board_records(store, "adhoc")), "runs add up"
+    assert all(record["measures"] for record in store.board_records("adhoc")), "runs add up"
 
 
 def test_estimates_of_measures(
@@ -651,7 +642,7 @@ def test_of_a_board_s_versions_the_newest_stands_in_tables(tmp_path):
     opened.write_board("other", 1, toys.board("other", 1, cells=["a" * 64]))
 
     def rows(*which: Any) -> list[tuple[str, int, str]]:
-        found = board_records(opened, *which)
+        found = opened.board_records(*which)
         return [(r["board"]["name"], r["board"]["version"], r["key"][0]) for r in found]
 
     assert rows("demo") == [("demo", 2, "a")]

@@ -222,7 +222,7 @@ def test_a_strangers_file_is_read_and_not_imported(tmp_path: Path) -> None:
 
 
 def test_what_a_file_says_counts_for_its_identity(tmp_path: Path) -> None:
-    from arena.runner import method_identity
+    from arena.identity import method_identity
 
     found = []
     for text in (SPY, SPY.replace("deepcopy(model)", "deepcopy(deepcopy(model))")):

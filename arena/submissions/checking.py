@@ -26,10 +26,12 @@ from arena.core.registry import (
 )
 from arena.core.seeding import stream
 from arena.data import draw_clean
+from arena.identity import method_files
+from arena.planning import Plan, make_plan
 from arena.referee import isolate
 from arena.referee.sandbox import Limits
 from arena.referee.trial import ranges_of
-from arena.runner import Plan, Runner, make_plan, method_files
+from arena.runner import Runner
 from arena.store import Store, save_tensors
 from arena.submissions import sources
 from arena.submissions.sources import Submission

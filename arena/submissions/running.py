@@ -25,8 +25,11 @@ from arena.core.registry import (
     short_spec,
     spec_of,
 )
+from arena.identity import describe_defense, method_identity
+from arena.planning import Cell, Plan, Victim, make_plan
+from arena.provenance import provenance
 from arena.referee.sandbox import Limits
-from arena.runner import Cell, Plan, Runner, Victim, describe_defense, make_plan, provenance
+from arena.runner import Runner
 from arena.store import Store, digest
 from arena.subjects import Subject, ask, of_cell
 from arena.submissions import cards, held_back
@@ -243,8 +246,6 @@ def _built(submission: Submission, board: Board) -> Any:
 
 
 def _identity(built: Any) -> dict[str, Any]:
-    from arena.runner import method_identity
-
     found = method_identity(built)
     found.pop("file", None)  # the card's `sha256`
     return found

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from arena.core.registry import BadInput, spec_of
+from arena.planning import Cell, Plan
+from arena.provenance import provenance
 from arena.referee.isolate import Failed
-from arena.runner import Cell, Plan, provenance
 from arena.store import Store
 from arena.submissions import cards, held_back, running, sources
 from arena.submissions.cards import Altered, Card
