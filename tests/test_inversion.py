@@ -318,7 +318,7 @@ def test_memory_says_how_many_go_at_once(frozen, images):
 
 
 ANY = torch.zeros(1)  # images that a size does not depend on
-FAMILIES = [NC(), Pixel(), Pixel(form="tanh"), Filter(), UAP(), CW()]
+FAMILIES = [NC(), Pixel(), Pixel(form="clip"), Filter(), UAP(), CW()]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=short_spec)
@@ -378,28 +378,28 @@ def test_pixels_are_counted_where_any_channel_changes():
     plus[0, 0, 0, 0] = plus[0, 2, 0, 0] = 0.5  # one pixel
     minus[0, 1, 0, 1] = 2 / 255  # another
     plus[0, 1, 3, 3] = 0.5 / 255  # too faint for 8 bits
-    free = {"plus": plus, "minus": minus}
-    assert Pixel().size(free, ANY, ANY).item() == 2
-    kept = Pixel().kept(free)
+    free, family = {"plus": plus, "minus": minus}, Pixel(form="clip")
+    assert family.size(free, ANY, ANY).item() == 2
+    kept = family.kept(free)
     assert kept["plus"][0, 1, 3, 3] == 0
-    out = Pixel().stamp(free, torch.full((1, 1, 3, 4, 4), 0.25))[0, 0]
+    out = family.stamp(free, torch.full((1, 1, 3, 4, 4), 0.25))[0, 0]
     assert out[0, 0, 0] == 0.75
     assert float(out[1, 0, 1]) == pytest.approx(0.25 - 2 / 255)
     soft = 15 * (torch.tensor(-0.1).tanh() / 2 + 0.5) + (torch.tensor(0.05).tanh() / 2 + 0.5)
     free = {"plus": plus.where(plus != 0.5 / 255, -1.0), "minus": torch.full_like(plus, -1e9)}
-    assert float(Pixel().penalty(free, out, out)) == pytest.approx(float(soft), rel=1e-5)
+    assert float(family.penalty(free, out, out)) == pytest.approx(float(soft), rel=1e-5)
 
 
 def test_the_tanh_form_goes_on_from_the_trigger_that_was_best():
     free = {"plus": torch.tensor([[[[-1.0, 0.3, -9.0]]]]), "minus": torch.full((1, 1, 1, 3), -9.0)}
-    kept = Pixel(form="tanh").kept(free)
+    kept = Pixel().kept(free)
     x = torch.full((1, 1, 1, 1, 3), 0.1)
-    family = Pixel(form="tanh")
+    family = Pixel()
     assert torch.allclose(family.stamp(kept, x), family.stamp(free, x), atol=1 / 255)
     assert family.size(kept, ANY, ANY).item() == family.size(free, ANY, ANY).item() == 2
 
 
-@pytest.mark.parametrize("family", [Pixel(), Pixel(form="tanh")])
+@pytest.mark.parametrize("family", [Pixel(), Pixel(form="clip")])
 def test_pixels_of_the_planted_trigger(cornered, coloured, family):
     search = Search(samples=30, steps=400, batch=15)
     to_corner, other = invert(

@@ -9,17 +9,20 @@ most until the triggers no longer work. A model with no class to blame stays as 
 Source: Wang et al. 2019, S&P, Neural Cleanse, sections IV and VI; settings of its published library
     (the weight on the mask waits for the first successes, 1e-3, changed by 1.5 and 1.5^1.5 after
     ten passes, 99 % success; a search ends after 20 passes without a smaller mask).
-Departs: `samples` images per class searched, not the whole clean set; the anomaly index is that of
-    the smallest mask, negative for masks above the median. The paper retrains on a tenth of the
-    training set, here on whatever the clean set is. Several triggers share the stamped images
-    among them. Pruning is decided on held-out images; that it may cost 0.05 is what it cost in the
-    paper. The paper names neither augmentation nor learning rate. There is no augmentation here:
-    shifts and mirror images move a trigger off the place where it works. The rate is that of
-    BackdoorBench (which trains for 100 epochs). What decided, on CIFAR-10 with fastnet, a patch,
-    5 % clean and validation images: at 0.01 the ASR falls from 100 to 1 or 2 % (without stamped
-    images to 18 or 35 %) and accuracy by 2 points. At 0.001 accuracy stays, the ASR falls to 3 %
-    (with augmentation to 81 %, without stamped images not at all); but with a trigger inverted less
-    well, by `abs`, 0.003 leaves 96 % and 0.01 leaves 4 %.
+Departs: `samples` images per class searched, not the whole clean set, and the smallest of
+    `restarts` masks counts: of 15 searches for the target of a patch (CIFAR-10, fastnet_small) two
+    stayed at masks like other classes' (13 and 15, the others 0.4 to 3.3) however long they went
+    on, and the backdoor was not seen. The anomaly index is that of the smallest mask, negative for
+    masks above the median. The paper retrains on a tenth of the training set, here on whatever the
+    clean set is. Several triggers share the stamped images among them. Pruning is decided on
+    held-out images; that it may cost 0.05 is what it cost in the paper. The paper names neither
+    augmentation nor learning rate. There is no augmentation here: shifts and mirror images move a
+    trigger off the place where it works. The rate is that of BackdoorBench (which trains for 100
+    epochs). What decided, on CIFAR-10 with fastnet, a patch, 5 % clean and validation images: at
+    0.01 the ASR falls from 100 to 1 or 2 % (without stamped images to 18 or 35 %) and accuracy by 2
+    points. At 0.001 accuracy stays, the ASR falls to 3 % (with augmentation to 81 %, without
+    stamped images not at all); but with a trigger inverted less well, by `abs`, 0.003 leaves 96 %
+    and 0.01 leaves 4 %.
 """
 
 from __future__ import annotations
@@ -48,16 +51,16 @@ class NC:
         "passes over the images, at most",
         low=1,
         source="library",
-        under={"fast": 200, "smoke": 10},
+        under={"fast": 300, "smoke": 10},
     )
-    samples: int = param(
-        270, "clean images per class searched", low=1, under={"fast": 90, "smoke": 18}
-    )
+    samples: int = param(90, "clean images per class searched", low=1, under={"smoke": 18})
     asr: float = param(0.99, "success that a trigger must have", above=0, high=1, source="library")
     stall: int = param(
         20, "passes without a trigger smaller by 1 % that end a search", low=1, source="library"
     )
-    restarts: int = param(1, "searches per class, of which the smallest counts", low=1)
+    restarts: int = param(
+        3, "searches per class, of which the smallest counts", low=1, under={"smoke": 1}
+    )
     threshold: float = param(
         2.0, "anomaly index above which a class is blamed", low=0, source="paper"
     )

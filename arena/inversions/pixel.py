@@ -6,7 +6,9 @@ Source: Tao et al. 2022, Better Trigger Inversion Optimization in Backdoor Scann
     values below 1/255 are cut off, and a trigger is better where both its loss and its pixels are
     fewer.
 Departs: in form=tanh the search goes on from variables whose tanh is the trigger; the published
-    code goes on from the trigger's values as if they were variables, so that the trigger jumps.
+    code goes on from the trigger's values as if they were variables, so that the trigger jumps. It
+    is the default for clean models, too, where it was never the larger of the two on the four pairs
+    that were tried (fastnet_small, CIFAR-10: on average 22 pixels, clip 25.5, NC 34).
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ class Pixel(Family):
     unit: ClassVar[str] = "pixels"
 
     form: str = param(
-        "clip",
-        "clip: changes are variables cut to [0, 1]; tanh: a smooth function of them",
-        choices=("clip", "tanh"),
+        "tanh",
+        "tanh: changes are a smooth function of the variables; clip: variables cut to [0, 1]",
+        choices=("tanh", "clip"),
         source="PixelBackdoor: tanh for poisoned models, clip for natural triggers",
     )
 
