@@ -138,6 +138,33 @@ def test_a_scanner_is_no_defense_of_a_board(scanner):
             check_names(board)
 
 
+# -------------------------------------------------------------------------------------- nc, pixel
+
+
+@pytest.mark.parametrize("name", ["nc", "pixel"])
+def test_a_search_that_ends_in_a_local_minimum_hides_no_backdoor(monkeypatch, name):
+    """Two searches of three for the planted target end at a size like other classes'."""
+
+    def sized(model, family, problems, images, search, **_):
+        start = family.begin(images.x[:1] / 255, stream(0, "start"))
+        return [
+            Found(
+                one,
+                0.5 if one.target == TARGET and one.restart == 2 else 20.0 - one.target,
+                1.0,
+                start,
+                steps=1,
+            )
+            for one in problems
+        ]
+
+    monkeypatch.setattr("arena.core.inversion.scanning.invert", sized)
+    found = defenses.build(name).scan(model_with(0.0), clean(), stream(0, "scan"))
+    assert found.target == TARGET
+    found = defenses.build(f"{name}:restarts=2").scan(model_with(0.0), clean(), stream(0, "scan"))
+    assert found.target is None
+
+
 # ----------------------------------------------------------------------------------------- k_arm
 
 

@@ -27,12 +27,12 @@ from arena.core.training import check_clean
 @method
 class Pixel:
     steps: int = param(1000, "passes over the images, at most", low=1, source="paper")
-    samples: int = param(270, "clean images per class searched", low=1)
+    samples: int = param(90, "clean images per class searched", low=1)
     asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="paper")
     stall: int | None = param(
         100, "passes without a trigger smaller by 1 % that end a search; none: all passes", low=1
     )
-    restarts: int = param(1, "searches per class, of which the smallest counts", low=1)
+    restarts: int = param(3, "searches per class, of which the smallest counts", low=1)
     updates: int = param(
         800, "hardening: batches trained on", low=1, source="MOTH", under={"fast": 240, "smoke": 6}
     )
