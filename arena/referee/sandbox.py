@@ -39,7 +39,8 @@ NAMESPACES, LIMITS = "namespaces", "limits"
 OFF = "ARENA_NO_SANDBOX"  # when set, the strong level is not used
 SWITCHED_OFF = "it was switched off"
 INSIDE = "/arena"  # where a job's files lie for who runs in namespaces
-TICK = 0.1  # seconds between two looks at memory and processes
+TICK = 0.1  # seconds between two looks at memory and processes, at most
+SOON = 0.005  # the first ones, so that short jobs are looked at, too
 DISK_TICK = 1.0  # and at the scratch folder
 MOST_FILES = 100_000  # in the scratch folder
 HEAD, TAIL = 2**23, 2**18  # bytes of output that a log keeps
@@ -654,6 +655,7 @@ class _Keeper:
         self.folders, self.log, self.runner = folders, log, runner
         self.printed, self.tail = 0, deque[bytes]()
         self.next_tick = self.next_disk = 0.0
+        self.tick = SOON
 
     def watch(self, heard: int, told: int) -> Ending:
         ended, breach, code = False, "", None
@@ -667,7 +669,7 @@ class _Keeper:
             if not self.inside:  # it may be over already
                 ended, code = self._ended()
             while not (ended or breach):
-                ready, _, _ = select.select(waiting, (), (), TICK)
+                ready, _, _ = select.select(waiting, (), (), self.tick)
                 if self.runner in ready:
                     raise _Stopped
                 if heard in ready:
@@ -739,7 +741,8 @@ class _Keeper:
         found = tree(os.getpid())
         if self.inside:
             found.pop(self.first, None)
-        self.next_tick = time.monotonic() + max(TICK, 5 * (time.monotonic() - now))
+        self.tick = min(TICK, 2 * self.tick)
+        self.next_tick = time.monotonic() + max(self.tick, 5 * (time.monotonic() - now))
         if len(found) > limits.processes:
             return f"it had more than {limits.processes} processes"
         most = limits.most_memory
