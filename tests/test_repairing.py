@@ -271,7 +271,7 @@ def test_of_images_without_labels_is_said_what_they_are_good_for(stripes, loose,
 def test_a_model_s_own_answers_stand_for_labels(stripes, loose, tmp_path):
     network, weights = stripes
     done = arena("repair", "--checkpoint", weights, "-m", network, "--images", loose,
-                 "-D", "finetune:lr=0.0001,epochs=1", "-o", tmp_path / "out.safetensors",
+                 "-D", "finetune:lr=1e-9,epochs=1", "-o", tmp_path / "out.safetensors",
                  "--store", tmp_path / "s", "--labels", "model", "--json")  # fmt: skip
     assert done.code == 0, done.err
     found = json.loads(done.out)
