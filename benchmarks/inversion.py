@@ -20,11 +20,11 @@ import argparse
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean, median
 
 import torch
 from machine import describe
+from options import of_one_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -161,15 +161,8 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time the inversion engine beside a plain loop.")
-    parser.add_argument("checkpoint", type=Path, help="weights: safetensors or a plain state_dict")
-    parser.add_argument("model", help="their network")
-    parser.add_argument("dataset", help="their data set")
-    parser.add_argument("--data-dir", type=Path, default=None)
-    parser.add_argument("--pairs", default="sample:4")
-    parser.add_argument("--steps", type=int, default=300)
+    parser = of_one_model(
+        "Time the inversion engine beside a plain loop.", pairs="sample:4", restarts=1, steps=300
+    )
     parser.add_argument("--stall", type=int, default=None)
-    parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--restarts", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     main(parser.parse_args())

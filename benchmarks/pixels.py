@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from machine import describe
+from options import of_one_model
 
 from arena.core.inversion.distances import parse_pairs
 from arena.inverting import Inverted, Question, inverted
@@ -46,11 +47,10 @@ def main(options: argparse.Namespace) -> None:
     rows: list[list[tuple[int, float, float]]] = []
     for pair in pairs:
         ours = [asked(f"pixel:form={form}", pair).facts for form in FORMS]
-        if not all(facts["reached"] for facts in ours):
-            print(f"{pair[0]} to {pair[1]:<5} no trigger of {options.steps} passes")
+        nc = asked("nc", pair, tuple(facts["pixels"] for facts in ours if facts["pixels"])).facts
+        if not all(facts["reached"] for facts in (nc, *ours)):
+            print(f"{pair[0]} to {pair[1]:<5} not all found a trigger in {options.steps} passes")
             continue
-        counts = tuple(facts["pixels"] for facts in ours)
-        nc = asked("nc", pair, counts).facts
         row = [(nc["pixels"], nc["test_asr"], nc["test_asr"])]
         row += [(f["pixels"], f["test_asr"], nc["pruned"][f"{f['pixels']}"]) for f in ours]
         rows.append(row)
@@ -78,15 +78,6 @@ def _shown(row: Sequence[tuple[float, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Pixel triggers beside NC's.")
-    parser.add_argument("checkpoint", type=Path, help="weights: safetensors or a plain state_dict")
-    parser.add_argument("model", help="their network")
-    parser.add_argument("dataset", help="their data set")
-    parser.add_argument("--data-dir", type=Path, default=None)
-    parser.add_argument("--pairs", default="sample:10")
-    parser.add_argument("--restarts", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--samples", type=int, default=100)
+    parser = of_one_model("Pixel triggers beside NC's.", pairs="sample:10", restarts=3, steps=1000)
     parser.add_argument("--store", type=Path, default=Path("runs/pixels"))
-    parser.add_argument("--device", default="cpu")
     main(parser.parse_args())

@@ -11,9 +11,9 @@ Source: Wang et al. 2019, S&P, Neural Cleanse, sections IV and VI; settings of i
     ten passes, 99 % success; a search ends after 20 passes without a smaller mask).
 Departs: `samples` images per class searched, not the whole clean set, and the smallest of
     `restarts` masks counts: of 15 searches for the target of a patch (CIFAR-10, fastnet_small) two
-    stayed at masks like other classes' (13 and 15, the others 0.4 to 3.3) however long they went
-    on, and the backdoor was not seen. The anomaly index is that of the smallest mask, negative for
-    masks above the median. The paper retrains on a tenth of the training set, here on whatever the
+    stayed at masks like other classes' (13 and 15, the others 0.4 to 3.3), with stall=100, too, and
+    the backdoor was not seen. The anomaly index is that of the smallest mask, negative for masks
+    above the median. The paper retrains on a tenth of the training set, here on whatever the
     clean set is. Several triggers share the stamped images among them. Pruning is decided on
     held-out images; that it may cost 0.05 is what it cost in the paper. The paper names neither
     augmentation nor learning rate. There is no augmentation here: shifts and mirror images move a
