@@ -169,6 +169,17 @@ def test_candidates_come_from_several_layers_first():
     assert [one.label for one in found.candidates(top=3)] == [0, 1, 0]
 
 
+def test_neurons_of_every_label_go_first_where_that_is_asked_for():
+    found = some_found()
+    usual = [(one.label, one.layer, one.channel) for one in found.candidates(first=5)]
+    best = {label: next(one for one in usual if one[0] == label) for label in (0, 1)}
+    asked = [(one.label, one.layer, one.channel) for one in found.candidates(first=5, per_label=1)]
+    assert asked[:2] == [best[0], best[1]]
+    assert asked[2:] == [one for one in usual if one not in asked[:2]]
+    few = [one.label for one in found.candidates(top=4, per_label=2)]
+    assert sorted(few) == [0, 0, 1, 1]
+
+
 def test_every_label_has_its_neurons():
     found = some_found()
     ranked = found.ranked(1)

@@ -312,9 +312,10 @@ class Given:
 
 def test_promising_triggers_are_tried_on_all_and_the_best_is_blamed(monkeypatch):
     planted = model_with(1.5)
-    labels = [one.label for one in abs_scanner.analysed(Frozen(planted), clean(), 0).candidates(3)]
+    neurons = abs_scanner.analysed(Frozen(planted), clean(), 0)
+    labels = [one.label for one in neurons.candidates(3, per_label=1)]
     given = Given(monkeypatch, {"abs": [0.59, 0.99, 0.7], "abs_filter": [0.6, 0.1, 1.0]})
-    found = ABS(top=3, samples=60).scan(planted, clean(), stream(0, "scan"))
+    found = ABS(top=3, per_label=1, samples=60).scan(planted, clean(), stream(0, "scan"))
     assert [form for form, *_ in given.asked] == ["abs", "abs_filter"]
     assert [one.others for *_, one in given.asked] == [1e-4, 1e-5]
     assert all((s.samples, s.batch, s.asr) == (20, 20, 2.0) for _, s, _ in given.asked)
@@ -325,9 +326,18 @@ def test_promising_triggers_are_tried_on_all_and_the_best_is_blamed(monkeypatch)
     assert torch.allclose(found.per_class, expected, equal_nan=True)
     assert found.score == pytest.approx(0.9)
     assert found.target == labels[2]
-    high = ABS(top=3, threshold=0.95).scan(planted, clean(), stream(0, "scan"))
+    high = ABS(top=3, per_label=1, threshold=0.95).scan(planted, clean(), stream(0, "scan"))
     assert (high.target, high.trigger) == (None, None)
     assert high.score == pytest.approx(0.9)
+
+
+def test_filters_may_have_passes_of_their_own(monkeypatch):
+    given = Given(monkeypatch, {"abs": [0.1], "abs_filter": [0.1]})
+    for steps in ((20, None), (20, 70)):
+        ABS(top=1, steps=steps[0], filter_steps=steps[1]).scan(
+            model_with(1.5), clean(), stream(0, "scan")
+        )
+    assert [search.steps for _, search, _ in given.asked] == [20, 20, 20, 70]
 
 
 @pytest.mark.parametrize(("form", "asked"), [("patch", ["abs"]), ("filter", ["abs_filter"])])

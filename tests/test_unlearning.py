@@ -354,9 +354,9 @@ def test_both_powers_are_listed(name):
 
 @pytest.fixture
 def candidates(monkeypatch):
-    def give(*scores: float):
+    def give(*found: tuple[int, float]):
         kept = {}
-        each = [(NC_FAMILY, answer(0, 1.0, t / 10), score) for t, score in enumerate(scores)]
+        each = [(NC_FAMILY, answer(t, 1.0, n / 10), score) for n, (t, score) in enumerate(found)]
         monkeypatch.setattr(ABS, "_inverted", lambda *a: iter(each))
         monkeypatch.setattr(
             abs_defense, "unlearn", lambda m, c, stamps, r, **k: kept.update(unlearn=stamps, **k)
@@ -367,24 +367,40 @@ def candidates(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("scores", "unflagged", "stamped"),
+    ("found", "unflagged", "stamped"),
     [
-        ((0.5, 0.95, 0.9), "best", 0.1),
-        ((0.5, 0.95, 0.9), "nothing", 0.1),
-        ((0.5, 0.3, 0.8), "best", 0.2),
-        ((0.5, 0.3, 0.8), "nothing", None),
-        ((0.7, 0.7), "best", 0.0),
-        ((0.0, 0.0), "best", None),
-        ((), "best", None),
+        (((0, 0.5), (1, 0.95), (2, 0.9)), "best", (0.1, 0.2)),
+        (((0, 0.5), (1, 0.9), (2, 0.95)), "nothing", (0.2, 0.1)),
+        (((1, 0.95), (1, 0.97), (2, 0.3)), "best", (0.1,)),
+        (((0, 0.5), (1, 0.3), (1, 0.8)), "best", (0.2,)),
+        (((0, 0.5), (1, 0.3), (1, 0.8)), "nothing", ()),
+        (((0, 0.7), (1, 0.7)), "best", (0.0,)),
+        (((0, 0.0), (1, 0.0)), "best", ()),
+        ((), "best", ()),
     ],
 )
-def test_the_best_candidate_is_stamped(scores, unflagged, stamped, planted, clean, rng, candidates):
-    kept = candidates(*scores)
+def test_the_best_candidate_of_every_label_above_the_bound_is_stamped(
+    found, unflagged, stamped, planted, clean, rng, candidates
+):
+    kept = candidates(*found)
     repaired = ABS(unflagged=unflagged, **SETTINGS).repair(planted, clean, rng)
     assert repaired is not planted
-    if stamped is None:
-        assert not kept
-    else:
-        (one,) = kept["unlearn"]
-        assert shade_of(one) == pytest.approx(stamped, abs=0.01)
+    shades = [shade_of(one) for one in kept.get("unlearn", ())]
+    assert shades == pytest.approx(list(stamped), abs=0.01)
+    if stamped:
         assert kept.items() >= SETTINGS.items()
+
+
+def test_each_form_is_unlearned_for_itself(monkeypatch, planted, clean, rng, candidates):
+    kept = candidates()
+    other = families.build("abs")
+    found = [(NC_FAMILY, answer(0, 1.0, 0.1), 0.95), (NC_FAMILY, answer(1, 1.0, 0.2), 0.9)]
+    for target, shade, score in ((0, 0.3, 0.6), (1, 0.4, 0.7)):
+        one = answer(target, 1.0)
+        one.trigger["pattern"] = torch.full((3, 1, 1), shade)
+        found.append((other, one, score))
+    monkeypatch.setattr(ABS, "_inverted", lambda *a: iter(found))
+    ABS(**SETTINGS).repair(planted, clean, rng)
+    assert [shade_of(one) for one in kept["unlearn"]] == pytest.approx([0.1, 0.2, 0.4], abs=0.01)
+    ABS(unflagged="nothing", **SETTINGS).repair(planted, clean, rng)
+    assert [shade_of(one) for one in kept["unlearn"]] == pytest.approx([0.1, 0.2], abs=0.01)

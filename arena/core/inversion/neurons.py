@@ -16,6 +16,7 @@ Departs: where a batch norm stands behind a convolution (of as many channels), i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,8 +61,11 @@ class Stimulation:
     score: Tensor  # (M,): its smallest lead, of images of other classes that elect it; -inf: none
     lead: Tensor  # (M, classes): each label's mean lead over the images of other classes
 
-    def candidates(self, top: int = 20, first: int = 10, per_layer: int = 3) -> list[Neuron]:
-        """Neurons with a label: the `first` best with so many per layer, then the best left."""
+    def candidates(
+        self, top: int = 20, first: int = 10, per_layer: int = 3, per_label: int = 0
+    ) -> list[Neuron]:
+        """Neurons with a label: the `first` best with so many per layer, then the best left; of
+        each label `per_label` go before all others."""
         order = [m for m in self._sorted(self.score) if self.elected[m] >= 0]
         chosen: list[int] = []
         counts = [0] * len(self.layers)
@@ -71,6 +75,13 @@ class Stimulation:
                 chosen.append(place)
         ahead = set(chosen)
         chosen += [place for place in order if place not in ahead]
+        if per_label:
+            turns: dict[int, int] = {}  # which of its label's neurons each is, in that order
+            seen: Counter[int] = Counter()
+            for place in chosen:
+                label = int(self.elected[place])
+                turns[place], seen[label] = seen[label], seen[label] + 1
+            chosen.sort(key=lambda place: turns[place] >= per_label)  # stable
         return [self._neuron(m, int(self.elected[m]), self.score) for m in chosen[:top]]
 
     def ranked(self, label: int) -> list[Neuron]:
