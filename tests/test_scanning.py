@@ -340,6 +340,24 @@ def test_filters_may_have_passes_of_their_own(monkeypatch):
     assert [search.steps for _, search, _ in given.asked] == [20, 20, 20, 70]
 
 
+def test_each_label_gets_as_many_neurons_as_asked_for_before_all_others(monkeypatch):
+    asked = []
+    real = abs_scanner.analysed
+
+    def analysed(*args):
+        found = real(*args)
+        usual = type(found).candidates
+        monkeypatch.setattr(
+            type(found), "candidates", lambda *a, **k: asked.append((a[1:], k)) or usual(*a, **k)
+        )
+        return found
+
+    monkeypatch.setattr(abs_scanner, "analysed", analysed)
+    Given(monkeypatch, {"abs": [0.1] * 4})
+    ABS(top=4, per_label=3, form="patch").scan(model_with(1.5), clean(), stream(0, "scan"))
+    assert asked == [((4,), {"per_label": 3})]
+
+
 @pytest.mark.parametrize(("form", "asked"), [("patch", ["abs"]), ("filter", ["abs_filter"])])
 def test_one_form_may_be_searched_alone(monkeypatch, form, asked):
     given = Given(monkeypatch, {"abs": [0.99], "abs_filter": [1.0]})
