@@ -15,7 +15,7 @@ A board's keys and the flags are the same words:
 
     [[published]]        # as often as wanted: what a paper reports, shown beside what was measured
     attack = "patch"     # as in the list above
-    asr = 99.0           # percent; acc likewise
+    asr = 99.0           # percent; acc likewise, and for attack "none" a gain in class distance
     source = "paper, table, network"
     defense = "finetune" # what is told of a repair by it; without, of the victim
 
@@ -58,6 +58,9 @@ class Published:
     defense: str = ""  # another one; empty: before any defense
     acc: float | None = None  # percent
     asr: float | None = None  # percent
+    gain: float | None = (
+        None  # of the class distance, percent; of a repaired network without attack
+    )
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,11 @@ def _published(value: Any, where: str) -> tuple[Published, ...]:
         for key in ("acc", "asr"):
             if not 0 <= figure.get(key, 0) <= 100:
                 raise BadInput(f"{where}: {key} is a percentage, got {figure[key]:g}.")
+        if "gain" in figure and (figure["attack"] != "none" or not figure.get("defense")):
+            raise BadInput(
+                f'{where}: a published gain is that of a defense with attack = "none", the clean '
+                "twin's."
+            )
         found.append(Published(**figure))
     return tuple(found)
 

@@ -296,10 +296,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     if not groups:
         print("There are no rows yet.")
     for group in groups.values():
-        console.print("\nDefenses, over all attacks:", style="bold")
-        console.print(tables.render(tables.leaderboard(group), "table"))
-        console.print("\nEvery attack and defense, over seeds:", style="bold")
-        console.print(tables.render(tables.cells(group), "table"))
+        if any(map(tables.is_attacked, group)):
+            console.print("\nDefenses, over all attacks:", style="bold")
+            console.print(tables.render(tables.leaderboard(group), "table"))
+            console.print("\nEvery attack and defense, over seeds:", style="bold")
+            console.print(tables.render(tables.cells(group), "table"))
+        clean = tables.unattacked(group)
+        if len(clean):
+            console.print("\nWithout a backdoor, the clean twin:", style="bold")
+            console.print(tables.render(clean, "table"))
         weak = tables.not_established(group)
         if len(weak):
             console.print("\nAttack not established (not counted above):", style="bold")

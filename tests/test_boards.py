@@ -95,6 +95,10 @@ def test_a_definition_makes_the_board_again(board: Board) -> None:
             r"published figures for 'patc', which is not among its attacks; did you mean 'patch'",
         ),
         (
+            '[[published]]\nattack = "patch"\nsource = "x"\ndefense = "nad"\ngain = 50.0',
+            r'a published gain is that of a defense with attack = "none"',
+        ),
+        (
             '[[published]]\nattack = "patch"\nsource = "x"\nasr = 101',
             r"asr is a percentage, got 101",
         ),

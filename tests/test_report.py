@@ -22,6 +22,7 @@ from arena.report import tables
 from arena.report.page import build_page, write_leaderboard
 from arena.report.rows import COLUMNS, MEASURED, aligned, flatten
 from arena.report.statistics import Summary, over_attacks, summarise, wilson
+from arena.watch import print_table
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"not looked at"
 DEFENSES = {"none": 0.5, "retrain": 0.9, "finetune": 0.7, "anp": 0.95}
@@ -702,6 +703,78 @@ def test_pages_and_files_hold_measures(tmp_path: Any) -> None:
     assert (
         "distance" not in json.loads(plain.split('id="data">')[1].split("</script>")[0])["columns"]
     )
+
+
+# -------------------------------------------------------------------------- without a backdoor
+
+
+def hardened() -> list[dict]:
+    """Four defenses on clean twins of two seeds; one collapses."""
+    gains = {"none": 0.0, "retrain": 2.0, "finetune": 0.1, "anp": 0.5}
+    records = [
+        with_measures(record("none", name, seed), gain + 0.2 * seed * (gain > 0))
+        for name, gain in gains.items()
+        for seed in (0, 1)
+    ]
+    for item in records:
+        if item["defense"]["name"] == "retrain":
+            item |= {"status": "collapsed", "reason": "one class"}
+    return records
+
+
+REPORTED = [
+    {"attack": "none", "acc": 91.5, "source": "MOTH"},
+    {"attack": "none", "defense": "anp:epochs=10", "acc": 90.5, "gain": 108.6, "source": "MOTH"},
+]
+
+
+def test_what_becomes_of_the_twin_has_its_table() -> None:
+    rows = [flatten(item) for item in hardened()]
+    frame = tables.unattacked(rows, REPORTED).set_index("defense_short")
+    assert list(frame.index) == ["anp", "finetune", "none", "retrain"], "a collapse is no gain"
+    assert frame.loc["anp", "distance_gain"] == pytest.approx(0.6)
+    assert frame.loc["anp", "distance_gain_sd"] == pytest.approx(0.2 / math.sqrt(2))
+    assert frame.loc["anp", "acc_drop"] == pytest.approx(0.02)
+    assert frame.loc["anp", "published_gain"] == pytest.approx(1.086)
+    assert frame.loc["anp", "published_drop"] == pytest.approx(0.01)
+    assert math.isnan(frame.loc["finetune", "published_gain"])
+    assert list(frame["source"]) == ["MOTH", "", "", ""]
+    assert "collapsed 2 of 2" in frame.loc["retrain", "notes"]
+    shown = tables.view(tables.unattacked(rows))
+    assert {"gain %", "distance, mask L1 (nc)", "ACC drop"} <= {*shown.headings}
+    assert not {"published_gain", "published_drop", "source"} & {*shown.names}
+    assert len(tables.published_repairs(rows, REPORTED)) == 0, "told once"
+
+
+def test_the_twin_has_its_table_where_it_tells_more_than_a_drop(rows: list[dict]) -> None:
+    assert len(tables.unattacked(rows)) == 0
+    assert len(tables.unattacked(rows, REPORTED)) == len(DEFENSES)
+    assert len(tables.unattacked([flatten(with_measures(item)) for item in board()])) == 4
+    assert len(tables.unattacked([flatten(record("none"))])) == 1, "nothing else is there"
+    assert len(tables.unattacked([flatten(with_measures(record()))])) == 0, "there is no twin"
+
+
+def test_a_board_without_attacks_ranks_nothing(tmp_path: Any, capsys: Any) -> None:
+    write_leaderboard(hardened(), {}, tmp_path, published=REPORTED)
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    page, text, latex = (texts[f] for f in ("index.html", "leaderboard.md", "leaderboard.tex"))
+    for shown in (page.split("<script")[0], text):
+        assert "Without a backdoor" in shown
+        assert "no attack was established" not in shown
+        assert tables.AVERAGED not in shown
+        assert "against every attack" not in shown
+    assert "108.6" in text
+    assert latex.count("begin{table}") == 1
+    assert tables.AVERAGED not in latex
+    print_table([flatten(item) for item in hardened()])
+    told = capsys.readouterr().out
+    assert "Without a backdoor" in told
+    assert "over all attacks" not in told
+    both = [*hardened(), with_measures(record("patch"))]
+    write_leaderboard(both, {}, tmp_path)
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert "Without a backdoor" in text
+    assert tables.AVERAGED in text
 
 
 # ---------------------------------------------------------------------------------------- files

@@ -29,6 +29,7 @@ Pictures = Mapping[str, Mapping[str, Any]]
 Figures = Sequence[Mapping[str, Any]]
 
 TITLE = "Backdoor leaderboard"
+UNATTACKED = "Without a backdoor: the clean twin before and after"
 SHADE_FULL = 0.2  # the ACC drop that is shaded darkest
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -60,9 +61,11 @@ class Section:
     """What the page shows of one board, data set, model and recipe."""
 
     title: str
+    attacked: bool  # whether any defense met an attack, so that there is something to rank
     leaderboard: tables.View
     standing: str
     matrix: Matrix
+    unattacked: tables.View
     attacks: tables.View
     published: tables.View
     repairs: tables.View
@@ -139,6 +142,7 @@ def build_page(
         sections=_sections(rows, published),
         no_null=not any(row["null"] for row in rows),
         averaged=tables.AVERAGED,
+        unattacked=UNATTACKED,
         gallery=_gallery(rows, pictures),
         failures=tables.view(tables.failures(rows)),
         flags=_flags(chosen),
@@ -254,6 +258,7 @@ def _exported(
 ) -> dict[str, pd.DataFrame]:
     frames = {
         "leaderboard": tables.leaderboard(rows),
+        "unattacked": tables.unattacked(rows, published),
         "cells": _everything(rows),
         "attacks": tables.attacks(rows),
         "published": tables.published(rows, published),
@@ -322,9 +327,11 @@ def _sections(rows: list[Row], published: Figures) -> list[Section]:
     return [
         Section(
             title=tables.context_title(dict(zip(CONTEXT, context, strict=True))),
+            attacked=any(map(tables.is_attacked, group)),
             leaderboard=tables.view(ranked),
             standing=tables.standing_note(ranked),
             matrix=_matrix(group),
+            unattacked=tables.view(tables.unattacked(group, published)),
             attacks=tables.view(tables.attacks(group)),
             published=tables.view(tables.published(group, published)),
             repairs=tables.view(tables.published_repairs(group, published)),
@@ -594,11 +601,13 @@ def _markdown(
     parts = [f"# {tables.escape_markdown(title)}\n"]
     if command:
         parts.append(f"Made by `{tables.clean_text(command).replace('`', '')}`.\n")
-    parts.append(f"{tables.AVERAGED}\n")
-    ranked = tables.leaderboard(rows)
-    parts.append(str(tables.render(ranked, "md")))
-    parts.append(f"{tables.standing_note(ranked)}\n")
+    if any(map(tables.is_attacked, rows)):
+        parts.append(f"{tables.AVERAGED}\n")
+        ranked = tables.leaderboard(rows)
+        parts.append(str(tables.render(ranked, "md")))
+        parts.append(f"{tables.standing_note(ranked)}\n")
     for heading, frame in (
+        (UNATTACKED, tables.unattacked(rows, published)),
         ("Attacks", tables.attacks(rows)),
         ("Beside published figures", tables.published(rows, published)),
         ("Repairs beside published figures", tables.published_repairs(rows, published)),
@@ -623,6 +632,8 @@ def _definition(metric: Mapping[str, str]) -> str:
 
 
 def _latex(rows: list[Row]) -> str:
-    frames = (tables.leaderboard(rows), tables.attacks(rows), tables.cells(rows))
-    note = f"% needs \\usepackage{{booktabs}}; percent. {tables.AVERAGED}\n"
+    attacked = any(map(tables.is_attacked, rows))
+    frames = [tables.leaderboard(rows), tables.attacks(rows), tables.cells(rows)]
+    note = f"% needs \\usepackage{{booktabs}}; percent.{f' {tables.AVERAGED}' * attacked}\n"
+    frames = frames if attacked else [tables.unattacked(rows)]
     return "\n".join([note, *(str(tables.render(frame, "latex")) for frame in frames)])

@@ -57,6 +57,7 @@ _VICTIM = (
     "linf",
 )
 _SHORTS = ("attack_short", "defense_short", "null")
+_CLEAN = ("acc", "acc_drop")  # of the twin
 
 
 # ------------------------------------------------------------------------------------ selection
@@ -366,6 +367,8 @@ def published_repairs(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]])
     chosen = current(rows)
     for frame in (cells(chosen), not_established(chosen)):
         for line in _records(frame):
+            if line["attack"] == "none":  # in `unattacked`
+                continue
             if (figure := known.get((line["attack"], line["defense"]))) is None:
                 continue
             acc, asr = number(figure.get("acc")), number(figure.get("asr"))
@@ -378,6 +381,56 @@ def published_repairs(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]])
     columns = (*CONTEXT, "attack", "defense", *_paired(("asr",)), "published_asr")
     columns += (*_paired(("acc_drop",)), "published_drop", *_paired(("acc",)), "published_acc")
     return _frame(lines, (*columns, "seeds", "notes", "source", *_SHORTS))
+
+
+def unattacked(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]] = ()) -> pd.DataFrame:
+    """One line per defense: what it makes of the clean twin, largest gain in class distance first,
+    defenses with collapsed or failed cells after all others.
+
+    Of boards that measure models beyond their answers, that attack nothing, or that have published
+    figures for the attack "none"; no lines of others, whose tables tell what the twin loses.
+    figures: as of `published`, with "gain" in percent; `published_drop` is from the network's own
+    figure, where there is one.
+    """
+    chosen = current(rows)
+    extra = measured_columns(chosen)
+    known = {f.get("defense") or "": f for f in figures if f["attack"] == "none"}
+    whole = number(known.get("", {}).get("acc"))
+    attacked = {_context(row) for row in chosen if is_attacked(row)}
+    lines: list[Row] = []
+    own = (row for row in chosen if not is_attacked(row))
+    groups = _groups(own, lambda row: (_context(row), row["defense"]))
+    for (context, defense), group in groups.items():
+        if not (_numbers(extra) or known or context not in attacked):
+            continue
+        shown = [row for row in group if measured(row)]
+        figure = known.get(defense) or {}
+        acc, gain = number(figure.get("acc")), number(figure.get("gain"))
+        line = dict(zip(CONTEXT, context, strict=True)) | {"defense": defense}
+        for name in (*_CLEAN, *_numbers(extra), "seconds"):
+            line |= _spread(name, summarise(row.get(name) for row in shown))
+        line |= _units(extra, shown) | {
+            "published_gain": None if gain is None else gain / 100,
+            "published_drop": None if acc is None or whole is None else (whole - acc) / 100,
+            "seeds": len(shown),
+            "notes": _notes(group, len(group), 0, True),
+            "source": figure.get("source") or "",
+            "unsound": any(row["status"] != "ok" for row in group),
+        }
+        lines.append(line | {name: group[0][name] for name in ("defense_short", "null")})
+    lines.sort(
+        key=lambda line: (
+            *(str(line[name]) for name in CONTEXT),
+            line["unsound"],
+            *(_last(line.get("distance_gain"), -1), _last(line["acc_drop"], 1)),
+            line["defense"],
+        )
+    )
+    columns = [*CONTEXT, "defense", *_paired(_CLEAN), *_columns(extra)]
+    told = any(figure.get("gain") is not None for figure in known.values())
+    columns += ["published_gain"] * told + ["published_drop"] * (whole is not None)
+    columns += [*_paired(("seconds",)), "seeds", "notes", *["source"] * bool(known)]
+    return _frame(lines, (*columns, "defense_short", "null"))
 
 
 def measures(rows: Sequence[Row]) -> pd.DataFrame:
@@ -465,6 +518,7 @@ _FLOATS = {
     "published_acc",
     "published_asr",
     "published_drop",
+    "published_gain",
     "asr_gap",
     "p_best",
 }
@@ -505,6 +559,7 @@ _PERCENT = {
     "published_acc": "published ACC %",
     "published_asr": "published ASR %",
     "published_drop": "published ACC drop",
+    "published_gain": "published gain %",
     "asr_gap": "ASR gap",
     "distance_gain": "gain %",
     "robust_acc": "robust ACC %",
