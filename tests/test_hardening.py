@@ -9,7 +9,7 @@ import torch
 import toys
 from torch import Tensor
 
-from arena.core import hardening, training
+from arena.core import hardening, progress, training
 from arena.core.contracts import Images
 from arena.core.hardening import Inverter, Pace, Pairs, Scheduler, Universal, hardened, portion_of
 from arena.core.inversion.engine import Found, Problem
@@ -56,6 +56,16 @@ def test_it_makes_the_updates_asked_for(planted, clean):
     seen, _ = count_batches(planted, clean)
     assert len(seen) == 7
     assert all(len(images) == 50 for images in seen)
+
+
+def test_progress_is_that_of_the_updates_asked_for(planted, clean):
+    told = []
+    with progress.listening(lambda *report: told.append(report[:3])):
+        count_batches(planted, clean, updates=7, batch=36)  # the third epoch of five batches
+    steps = [done for what, done, total in told if (what, total) == ("hardening", 7)]
+    assert len(steps) == len(told)
+    assert steps == sorted(steps)
+    assert steps[-1] == 7
 
 
 def test_no_update_sees_a_held_out_image(planted, clean):

@@ -28,7 +28,7 @@ from arena.core.contracts import BatchHook, Images
 from arena.core.inversion.engine import Family, Found, Problem, State, invert, stamped
 from arena.core.inversion.frozen import Frozen
 from arena.core.models import Classifier
-from arena.core.progress import report
+from arena.core.progress import ending, report
 from arena.core.seeding import draw_seed
 
 _SHARE, _HELD_OUT = 0.1, 1000  # of the clean images decide when to stop, and at most so many
@@ -80,7 +80,6 @@ def hardened(
     held, tune = training.split(clean, _held_out(clean), rng)
     size = min(batch, len(tune))
     epochs = -(-(updates + 1) // (len(tune) // size))  # one update more, which ends it
-    total = epochs * (len(tune) // size)
     model = deepcopy(model).eval()
     floor = training.accuracy(model, held) - max_drop
     best, made, beyond = deepcopy(model.state_dict()), 0, 0
@@ -89,7 +88,7 @@ def hardened(
     def look() -> None:
         nonlocal best, beyond
         accuracy = training.accuracy(model, held)
-        report(what, made, total, accuracy=accuracy)
+        report(what, made, updates, accuracy=accuracy)
         if accuracy >= floor - 1e-9:
             best, beyond = deepcopy(model.state_dict()), 0
         else:
@@ -116,7 +115,7 @@ def hardened(
         crop=crop,
         border="zero",
     )
-    with suppress(_Enough):
+    with suppress(_Enough), ending(what, updates):
         training.fit(model, tune, plan, rng, on_batch=hook, what=what)
     look()
     model.load_state_dict(best)

@@ -35,3 +35,17 @@ def listening(reporter: Reporter | None) -> Iterator[None]:
         yield
     finally:
         _reporter = before
+
+
+@contextmanager
+def ending(what: str, total: float) -> Iterator[None]:
+    """Inside, reports of `what` are of `total` units: it ends there, before its loop does."""
+    listener = _reporter
+
+    def cut(name: str, done: float, whole: float, figures: dict[str, float]) -> None:
+        if listener is not None:
+            ends = name == what
+            listener(name, min(done, total) if ends else done, total if ends else whole, figures)
+
+    with listening(cut):
+        yield
