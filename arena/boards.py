@@ -15,7 +15,7 @@ A board's keys and the flags are the same words:
 
     [[published]]        # as often as wanted: what a paper reports, shown beside what was measured
     attack = "patch"     # as in the list above
-    asr = 99.0           # percent; acc likewise, and for attack "none" a gain in class distance
+    asr = 99.0           # percent; acc and, for attack "none", gain (in class distance) likewise
     source = "paper, table, network"
     defense = "finetune" # what is told of a repair by it; without, of the victim
 
@@ -58,9 +58,7 @@ class Published:
     defense: str = ""  # another one; empty: before any defense
     acc: float | None = None  # percent
     asr: float | None = None  # percent
-    gain: float | None = (
-        None  # of the class distance, percent; of a repaired network without attack
-    )
+    gain: float | None = None  # in class distance, percent; of the attack "none" alone
 
 
 @dataclass(frozen=True)

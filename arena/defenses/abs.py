@@ -18,7 +18,7 @@ Departs: as in the trigger families `abs` and `abs_filter`. Two neurons of each 
     is tried on the whole clean set, however many images triggers are optimised on. The bound was
     set on the authors' models: calibrate it, or `pixels`, on clean models of your own. Repairs
     stamp, of each form, the best trigger of every label above the bound: patches that lead to three
-    or four labels pass it there, and the best need not be the backdoor's. Where no label passes it
+    to five labels pass it there, and the best need not be the backdoor's. Where no label passes it
     the form's best trigger is stamped all the same, since DECK names no bound; its filters alone
     are form=filter. Rate and augmentation as in `nc`.
 """
