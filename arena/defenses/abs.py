@@ -73,7 +73,7 @@ class ABS:
         "passes over the images for a patch",
         low=1,
         source="code",
-        under={"fast": 200, "smoke": 10},
+        under={"fast": 500, "smoke": 10},
     )
     filter_steps: int | None = param(
         None, "those for a filter; none: as many", low=1, under={"fast": 1000}
