@@ -148,6 +148,19 @@ def test_the_four_losses_by_hand(codec):
     assert torch.allclose(Deck(content=2, ssim=2, smooth=2, norm=2).penalty(at, x, shown), every)
 
 
+def test_a_size_is_of_the_images_that_it_is_asked_for(codec):
+    family, x = Deck(), images(4)[None]
+    at = {name: value[None] for name, value in started(family, x[0]).items()}
+    shown, other = family.stamp(at, x), x.flip(1).clone()
+    with torch.enable_grad():
+        shown = shown.requires_grad_()
+        family.penalty(at, x, shown)
+    assert torch.allclose(family.size(at, x, shown), Deck().size(at, x, shown), rtol=0.01)
+    assert torch.equal(family.size(at, x, other), Deck().size(at, x, other))
+    assert torch.equal(family.size(at, other, shown), Deck().size(at, other, shown))
+    assert torch.equal(family.size(at, x, shown.clone()), Deck().size(at, x, shown))
+
+
 def test_a_trigger_is_found_where_a_colour_decides():
     frozen, toy = Frozen(toys.planted(), "fp32"), toys.images(60, stream(0, "images"))
     images = Images(toy.x, toy.y)

@@ -23,6 +23,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, cast
+from weakref import ref
 
 import torch
 from torch import Generator, Tensor
@@ -87,6 +88,11 @@ class Deck(Family):
         file = Path(self.file).expanduser()
         return f"{file.stem} (sha256 {sha256(file.read_bytes()).hexdigest()[:12]})"
 
+    @cached_property
+    def _penalised(self) -> dict[str, tuple[ref[Tensor], ref[Tensor], Tensor]]:
+        """The last images that `penalty` saw, and the error of their features."""
+        return {}
+
     def begin(self, x: Tensor, rng: Generator) -> State:
         channels, height, width = x.shape[1:]
         kernels = (self.regions**2, WIDTH, WIDTH, self.kernel, self.kernel)
@@ -131,7 +137,9 @@ class Deck(Family):
         total = x.new_zeros(len(x))
         if self.content:
             with _fast(x.device):
-                total = total + self.content * self._content(x, stamped)
+                content = self._content(x, stamped)
+            self._penalised["images"] = ref(x), ref(stamped), content.detach()
+            total = total + self.content * content
         if self.ssim:
             likeness = similarity(x.flatten(0, 1), stamped.flatten(0, 1)).view(x.shape[:2])
             total = total + self.ssim * (1 - likeness.mean(1))
@@ -146,6 +154,9 @@ class Deck(Family):
         return total
 
     def size(self, at: State, x: Tensor, stamped: Tensor) -> Tensor:
+        last = self._penalised.get("images")
+        if last is not None and last[0]() is x and last[1]() is stamped:
+            return last[2]  # of a pass, to be held against other passes': nothing is encoded twice
         return self._content(x, stamped)
 
     def _content(self, x: Tensor, stamped: Tensor) -> Tensor:

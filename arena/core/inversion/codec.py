@@ -81,13 +81,14 @@ class Decoder(nn.Module):
         fill: (K, 64, H, W), each for as many images in a row; the top left does not count.
         """
         beyond = [side - (2 * few - 1) for side, few in zip(size, features.shape[-2:], strict=True)]
-        conv = self.conv2
+        conv, features = self.conv2, features.contiguous(memory_format=torch.channels_last)
         maps = F.conv_transpose2d(features, conv.weight, conv.bias, 2, 1, beyond)
         if fill is not None:
             corner = torch.zeros(size, dtype=torch.bool, device=fill.device)
             corner[::2, ::2] = True
-            filled = F.conv_transpose2d(fill.masked_fill(corner, 0), conv.weight, padding=1)
-            maps = maps + filled.repeat_interleave(len(maps) // len(filled), 0)
+            fill = fill.masked_fill(corner, 0).contiguous(memory_format=torch.channels_last)
+            filled = F.conv_transpose2d(fill, conv.weight, padding=1)
+            maps = (maps.unflatten(0, (len(filled), -1)) + filled[:, None]).flatten(0, 1)
         return self.conv1(F.relu(maps))
 
 
