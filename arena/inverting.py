@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from arena.core import training
 from arena.core.inversion import codec as codecs
 from arena.core.inversion import distances as measures
-from arena.core.inversion.engine import Family, Found, Problem, Search, invert, stamped
+from arena.core.inversion.engine import (
+    Family,
+    Found,
+    Problem,
+    Search,
+    invert,
+    rows_of,
+    stamped,
+)
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput, code_hash, short_spec, spec_of, split_spec
@@ -200,6 +208,7 @@ def class_distances(
         "spread": _listed(matrix.spread),
         "asr": _listed(matrix.asr),
         "mean": matrix.mean,
+        "start": _starts(subject, question, chosen),
         "also": _also(family, matrix.mean),
         "pairs": len(chosen),
         "unreached": [list(pair) for pair in matrix.unreached],
@@ -224,6 +233,29 @@ def class_distances(
         out["baseline"] = {"model": baseline.name, "mean": before.mean, "seconds": more}
         out["improvement"] = measures.improvement(matrix.size, before.size)
     return out
+
+
+@torch.no_grad()
+def _starts(
+    subject: Subject, question: Question, pairs: Sequence[tuple[int, int]]
+) -> list[float | None] | None:
+    """Sizes of what searches start from, on each victim class's images; None where images do not
+    make a trigger's size.
+
+    What changes whole images may do so before it has learned anything, as DECK's normalisation
+    does, and distances hardly fall below that.
+    """
+    family, images = question.family, getattr(subject.data, question.split)
+    if not family.sized_by_images:
+        return None
+    sizes: list[float | None] = [None] * subject.data.num_classes
+    for victim, target in dict(pairs).items():
+        rows = rows_of(Problem(victim, target), images.y.cpu(), question.samples, question.seed)
+        x = training.to_float(images.x[rows.to(images.x.device)]).cpu()
+        start = family.begin(x, stream(question.seed, "start", victim))
+        at = {name: value[None] for name, value in start.items()}
+        sizes[victim] = float(family.size(at, x[None], family.stamp(at, x[None])))
+    return sizes
 
 
 RESCALED = (0.98, 0.96, 0.88, 0.8)  # PixelBackdoor, appendix I

@@ -74,6 +74,7 @@ def test_distances_of_a_cell(store, cells):
     assert found["unit"] == "mask L1"
     assert found["method"] == "nc"
     assert found["encoder"] is None
+    assert found["start"] is None
     assert len(found["classes"]) == 5
     assert found["pairs"] == 2
     known = {(s, t) for s in range(5) for t in range(5) if found["distances"][s][t] is not None}
@@ -126,11 +127,23 @@ def test_an_encoder_of_one_s_own(store, cells, tmp_path):
     assert found["encoder"].startswith("own (sha256 ")
     assert found["unit"] == "feature MSE"
     assert found["mean"] > 0
+    assert [size is not None for size in found["start"]] == [True, True, False, False, False]
+    victims = [s for s in range(5) for size in found["distances"][s] if size is not None]
+    mean = sum(found["start"][s] for s in victims) / len(victims)
+    assert f"of which {mean:.2f} before anything is learned" in arena(*words[:-1], *deck).out
     torch.manual_seed(1)  # another encoder in a file of the same name: nothing is read from before
     save_file(codec.packed([Codec(3)]), file)
     again = json.loads(arena(*words, *deck).out)
     assert again["encoder"] != found["encoder"]
     assert again["mean"] != found["mean"]
+    assert again["start"] != found["start"]
+
+
+def test_what_starts_as_no_change_at_all_starts_at_no_distance(store, cells):
+    words = ("distance", cells["patch"], "--store", store, "--samples", 5, "--restarts", 1)
+    few = ("--method", "abs_filter", "--steps", 1, "--pairs", "1:0", "--json")
+    found = json.loads(arena(*words, *few).out)
+    assert found["start"] == [None, pytest.approx(0, abs=1e-6), None, None, None]
 
 
 def test_a_network_s_encoder_gets_a_decoder_for_the_data_once(store, cells, monkeypatch):
