@@ -546,7 +546,7 @@ def distances(found: Mapping[str, Any]) -> str:
     lines.append(f"{said} ({found['pairs']} pairs, {found['restarts']} restarts each)")
     if mean is not None and (start := found["start"]):
         rows = [start[s] for s, row in enumerate(found["distances"]) for v in row if v is not None]
-        lines.append(f"of which {sum(rows) / len(rows):.2f} before anything is learned")
+        lines.append(f"images differ by {sum(rows) / len(rows):.2f} before anything is learned")
     if missing := found["unreached"]:
         which = ", ".join(f"{names[s]} to {names[t]}" for s, t in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

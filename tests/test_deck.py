@@ -155,7 +155,11 @@ def test_a_size_is_of_the_images_that_it_is_asked_for(codec):
     with torch.enable_grad():
         shown = shown.requires_grad_()
         family.penalty(at, x, shown)
-    assert torch.allclose(family.size(at, x, shown), Deck().size(at, x, shown), rtol=0.01)
+    encoded: list[torch.Tensor] = []
+    with codec.encoder.register_forward_hook(lambda *found: encoded.append(found[-1])):
+        known = family.size(at, x, shown)
+    assert not encoded, "what the loss knew was encoded again"
+    assert torch.allclose(known, Deck().size(at, x, shown), rtol=0.01)
     assert torch.equal(family.size(at, x, other), Deck().size(at, x, other))
     assert torch.equal(family.size(at, other, shown), Deck().size(at, other, shown))
     assert torch.equal(family.size(at, x, shown.clone()), Deck().size(at, x, shown))
