@@ -11,7 +11,16 @@ from torch import Tensor
 
 from arena.core import hardening, progress, training
 from arena.core.contracts import Images
-from arena.core.hardening import Inverter, Pace, Pairs, Scheduler, Universal, hardened, portion_of
+from arena.core.hardening import (
+    Course,
+    Inverter,
+    Pace,
+    Pairs,
+    Scheduler,
+    Universal,
+    hardened,
+    portion_of,
+)
 from arena.core.inversion.engine import Found, Problem
 from arena.core.inversion.families import families
 from arena.core.registry import BadInput, defenses
@@ -48,7 +57,7 @@ def count_batches(model, clean, **options):
         return images
 
     settings = {"updates": 7, "max_drop": 1.0, "batch": 50, "crop": 0} | options
-    out = hardened(model, clean, stream(0, "h"), lambda copy, tune: keep, **settings)
+    out = hardened(model, clean, stream(0, "h"), lambda copy, tune: keep, Course(**settings))
     return seen, out
 
 
@@ -82,8 +91,8 @@ def test_no_update_sees_a_held_out_image(planted, clean):
         shown.update((images.x[:, 0, 0, 0] * 255).round().int().tolist())
         return images
 
-    settings = {"updates": 30, "max_drop": 1.0, "batch": 36, "crop": 0, "lr": 1e-9}
-    hardened(planted, clean, stream(0, "h"), watch, **settings)
+    course = Course(updates=30, max_drop=1.0, batch=36, crop=0, lr=1e-9)
+    hardened(planted, clean, stream(0, "h"), watch, course)
     assert len(tuned[0]) == 180
     assert shown == set(tuned[0].x[:, 0, 0, 0].int().tolist())
 
@@ -99,6 +108,27 @@ def test_weights_beyond_the_bound_are_given_up(planted, clean):
 def test_it_ends_soon_after_the_bound_is_passed(planted, clean):
     seen, _ = count_batches(planted, clean, updates=500, lr=50.0, max_drop=0.0)
     assert len(seen) == hardening._LOOK * hardening._PATIENCE
+
+
+@pytest.mark.parametrize("updates", [4, 8, 9, 20])
+def test_a_falling_rate_reaches_nothing_with_the_last_update(planted, clean, monkeypatch, updates):
+    """Whatever share of an epoch that is: 180 images are five batches of 36."""
+    rates, set_rate = [], training._set_rate
+    monkeypatch.setattr(
+        training, "_set_rate", lambda opt, rate: (rates.append(rate), set_rate(opt, rate))
+    )
+    count_batches(planted, clean, updates=updates, batch=36, lr=0.01, schedule="linear")
+    wanted = [0.01 * (1 - step / updates) for step in range(updates)]
+    assert rates[:updates] == pytest.approx(wanted)
+    rates.clear()
+    count_batches(planted, clean, updates=updates, batch=36, lr=0.01)
+    assert rates[:updates] == pytest.approx([0.01] * updates)
+
+
+def test_a_falling_rate_gets_to_its_end(planted, clean):
+    """Beyond the bound at first, where a constant rate would be given up."""
+    seen, _ = count_batches(planted, clean, updates=60, lr=50.0, max_drop=0.0, schedule="linear")
+    assert len(seen) == 60
 
 
 def test_a_wide_bound_keeps_the_last_weights(planted, clean):

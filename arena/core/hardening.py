@@ -56,32 +56,41 @@ def _held_out(clean: Images) -> float:
     return min(_SHARE, _HELD_OUT / len(clean))
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a model is trained on: how long, how fast, and what that may cost."""
+
+    updates: int  # batches
+    max_drop: float  # accuracy on held-out images that the training may cost, in [0, 1]
+    batch: int = 128  # images per update; a smaller set lowers it
+    lr: float = 1e-3
+    schedule: str = "constant"  # of the rate; linear: it falls to nothing
+    momentum: float = 0.9
+    crop: int = 4  # random shift in pixels
+
+
 def hardened(
     model: Classifier,
     clean: Images,
     rng: Generator,
     stamp_for: Callable[[Classifier, Images], BatchHook],
+    course: Course,
     *,
-    updates: int,
-    max_drop: float,
-    batch: int = 128,
-    lr: float = 1e-3,
-    momentum: float = 0.9,
-    crop: int = 4,
     what: str = "hardening",
 ) -> Classifier:
-    """A copy of `model`, trained for `updates` batches of clean images that a hook stamps.
+    """A copy of `model`, trained for a course's batches of clean images that a hook stamps.
 
     stamp_for: the copy and the images that it trains on -> the hook that stamps float batches.
-    max_drop: accuracy on held-out images that the training may cost, in [0, 1].
     Raises BadInput where the clean set is too small to hold images out.
     """
     check(model, clean, what)
     held, tune = training.split(clean, _held_out(clean), rng)
-    size = min(batch, len(tune))
-    epochs = -(-(updates + 1) // (len(tune) // size))  # one update more, which ends it
+    size, updates = min(course.batch, len(tune)), course.updates
+    steps = len(tune) // size
+    epochs = -(-(updates + 1) // steps)  # one update more, which ends it
+    falls = course.schedule == "linear"
     model = deepcopy(model).eval()
-    floor = training.accuracy(model, held) - max_drop
+    floor = training.accuracy(model, held) - course.max_drop
     best, made, beyond = deepcopy(model.state_dict()), 0, 0
     stamp = stamp_for(model, tune)
 
@@ -98,21 +107,22 @@ def hardened(
         nonlocal made
         if made and made % _LOOK == 0:
             look()
-        if beyond >= _PATIENCE or made == updates:
-            raise _Enough
+        if made == updates or (beyond >= _PATIENCE and not falls):
+            raise _Enough  # a rate that falls may bring the accuracy back
         made += 1
         return stamp(images, draws)
 
     plan = training.Recipe(
         epochs=epochs,
         batch=size,
-        lr=lr,
-        momentum=momentum,
+        lr=course.lr,
+        momentum=course.momentum,
         weight_decay=0.0,
         label_smoothing=0.0,
-        schedule="constant",
+        schedule="triangle" if falls else "constant",
         warmup=0.0,
-        crop=crop,
+        final_lr=1 - epochs * steps / updates,  # of the last epoch's end: nothing at `updates`
+        crop=course.crop,
         border="zero",
     )
     with suppress(_Enough), ending(what, updates):
@@ -447,22 +457,12 @@ class Pairs:
 
 
 def by_classes(
-    model: Classifier,
-    clean: Images,
-    rng: Generator,
-    family: Family,
-    pace: Pace,
-    *,
-    updates: int,
-    max_drop: float,
-    batch: int,
-    lr: float,
+    model: Classifier, clean: Images, rng: Generator, family: Family, pace: Pace, course: Course
 ) -> Classifier:
     """`hardened` with universal triggers."""
     return hardened(
-        model, clean, rng, lambda copy, _: Universal(Inverter(copy, family), pace),
-        updates=updates, max_drop=max_drop, batch=batch, lr=lr,
-    )  # fmt: skip
+        model, clean, rng, lambda copy, _: Universal(Inverter(copy, family), pace), course
+    )
 
 
 def by_pairs(
@@ -472,11 +472,8 @@ def by_pairs(
     family: Family,
     pace: Pace,
     scheduler: Scheduler,
+    course: Course,
     *,
-    updates: int,
-    max_drop: float,
-    batch: int,
-    lr: float,
     symmetric: bool = True,
     warm_up: str = "universal",
     warm_passes: int = 500,
@@ -489,4 +486,4 @@ def by_pairs(
             symmetric=symmetric, warm_up=warm_up, warm_passes=warm_passes,
         )  # fmt: skip
 
-    return hardened(model, clean, rng, hook, updates=updates, max_drop=max_drop, batch=batch, lr=lr)
+    return hardened(model, clean, rng, hook, course)

@@ -54,7 +54,11 @@ class Deck:
     batch: int = param(
         128, "images per update; a smaller set lowers it", low=2, source="MOTH's code"
     )
-    lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code")
+    lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code", under={"fast": 6e-3})
+    schedule: str = param(
+        "constant", "how the rate goes: constant; linear, down to nothing",
+        choices=("constant", "linear"), under={"fast": "linear"},
+    )  # fmt: skip
     max_drop: float = param(
         0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
@@ -101,8 +105,9 @@ class Deck:
         pace = hardening.Pace(
             first=self.first, more=self.more, asr=self.asr, portion=self.portion, rise=1.0
         )
+        scheduler = hardening.Scheduler(model.spec.classes, self.epsilon)
+        course = hardening.Course(self.updates, self.max_drop, self.batch, self.lr, self.schedule)
         return hardening.by_pairs(
-            model, clean, rng, family, pace, hardening.Scheduler(model.spec.classes, self.epsilon),
-            updates=self.updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
+            model, clean, rng, family, pace, scheduler, course,
             symmetric=self.symmetric, warm_passes=self.warm_passes,
         )  # fmt: skip

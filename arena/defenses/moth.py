@@ -45,7 +45,17 @@ class Moth:
         under={"fast": 240, "smoke": 12},
     )
     batch: int = param(128, "images per update; a smaller set lowers it", low=2, source="code")
-    lr: float = param(1e-3, "learning rate", above=0, source="code; its PyTorch version 1e-4")
+    lr: float = param(
+        1e-3,
+        "learning rate",
+        above=0,
+        source="code; its PyTorch version 1e-4",
+        under={"fast": 6e-3},
+    )
+    schedule: str = param(
+        "constant", "how the rate goes: constant; linear, down to nothing",
+        choices=("constant", "linear"), under={"fast": "linear"},
+    )  # fmt: skip
     max_drop: float = param(
         0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
@@ -106,8 +116,8 @@ class Moth:
             first=self.first, more=self.more, asr=self.asr, portion=self.portion, reuse=self.reuse
         )
         scheduler = hardening.Scheduler(model.spec.classes, self.epsilon, order=self.order)
+        course = hardening.Course(self.updates, self.max_drop, self.batch, self.lr, self.schedule)
         return hardening.by_pairs(
-            model, clean, rng, family, pace, scheduler,
-            updates=self.updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
+            model, clean, rng, family, pace, scheduler, course,
             symmetric=self.symmetric, warm_up=self.warm_up, warm_passes=self.warm_passes,
         )  # fmt: skip

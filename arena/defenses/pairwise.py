@@ -30,7 +30,11 @@ class Pairwise:
         under={"fast": 5, "smoke": 1},
     )
     batch: int = param(128, "images per update; a smaller set lowers it", low=2, source="MOTH")
-    lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code")
+    lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code", under={"fast": 6e-3})
+    schedule: str = param(
+        "constant", "how the rate goes: constant; linear, down to nothing",
+        choices=("constant", "linear"), under={"fast": "linear"},
+    )  # fmt: skip
     max_drop: float = param(
         0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
@@ -51,7 +55,7 @@ class Pairwise:
     asr: float = param(0.9, "success that a trigger must have", above=0, high=1, source="MOTH")
     portion: float = param(
         0.1, "share of a class's images in a batch that are stamped", above=0, high=1,
-        source="MOTH's code",
+        source="MOTH's code", under={"fast": 0.5},
     )  # fmt: skip
 
     def check(self, model: Classifier, clean: Images) -> None:
@@ -69,7 +73,8 @@ class Pairwise:
             portion=self.portion,
         )
         updates = self.iterations * (classes * (classes - 1) // 2)
+        scheduler = hardening.Scheduler(classes, 0.0, order="turns")
+        course = hardening.Course(updates, self.max_drop, self.batch, self.lr, self.schedule)
         return hardening.by_pairs(
-            model, clean, rng, family, pace, hardening.Scheduler(classes, 0.0, order="turns"),
-            updates=updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr, warm_up="none",
-        )  # fmt: skip
+            model, clean, rng, family, pace, scheduler, course, warm_up="none"
+        )

@@ -79,7 +79,5 @@ class Pixel:
         self.check(model, clean)
         family: Family = families.build("pixel:form=clip")
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
-        return hardening.by_classes(
-            model, clean, rng, family, pace,
-            updates=self.updates, max_drop=self.max_drop, batch=self.batch, lr=self.lr,
-        )  # fmt: skip
+        course = hardening.Course(self.updates, self.max_drop, self.batch, self.lr)
+        return hardening.by_classes(model, clean, rng, family, pace, course)
