@@ -16,7 +16,7 @@ from arena.core.registry import BadInput
 from arena.published import faults, read
 from arena.report import rating, tables
 from arena.report.changes import as_text, changes
-from arena.report.figures import Point, draw, drawing, heat, pareto
+from arena.report.figures import Point, called, draw, drawing, heat, pareto, write_names
 from arena.report.page import Extras, build_page, citation
 from arena.report.rows import COLUMNS, flatten, unflatten
 from arena.report.site import (
@@ -191,6 +191,32 @@ def test_the_pareto_front_is_what_nobody_beats() -> None:
         for n, d, a in [("p", 1, 50), ("q", 3, 2), ("r", 4, 2), ("s", 0, 99)]
     ]
     assert [p.name for p in pareto(points)] == ["s", "p", "q"]
+
+
+def test_a_method_has_its_fields_only_beside_another_of_its_name() -> None:
+    specs = ["moth:updates=240", "nc:steps=20", "nc", "d" * 40]
+    assert called(specs) == ["moth", "nc:steps=20", "nc", "d" * 25 + "…"]
+
+
+@pytest.mark.parametrize("close", [0.0, 0.2, 1.0])
+def test_names_in_a_figure_hide_neither_each_other_nor_points(close: float) -> None:
+    """Ten defenses in one place, near each other, or apart."""
+    from matplotlib.figure import Figure
+
+    found = [Point(f"defense_{n}", close * n, 90 * close * (n % 3), 9, False) for n in range(10)]
+    found.append(Point("far", 20, 100, 1, True))
+    sheet = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=110)
+    axes = sheet.add_subplot()
+    for point in found:
+        axes.scatter(point.drop, point.asr)
+    axes.margins(0.12)
+    boxes = write_names(sheet, axes, found)
+    assert len(boxes) == len(found)
+    for place, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[:place])
+        assert all(axes.bbox.contains(*corner) for corner in box.corners())
+        for point in found:
+            assert not box.contains(*axes.transData.transform((point.drop, point.asr)))
 
 
 def test_figures_are_files_of_both_kinds_and_the_same_bytes() -> None:
@@ -422,6 +448,12 @@ def test_a_run_that_is_alone_asks_for_no_files_beside_its_page() -> None:
     page = build_page(board(), {})
     assert "tables/" not in page.split("<script")[0]
     assert "tables/leaderboard.csv" in build_page(board(), {}, extras=Extras(exports=True))
+
+
+def test_a_reason_for_which_figures_are_left_out_is_said_once() -> None:
+    absent = [("examples", "no images"), ("cost", "no cell has its seconds"), ("ASR", "no images")]
+    page = build_page(board(), {}, extras=Extras(absent=absent))
+    assert "Left out: cost (no cell has its seconds); examples, ASR (no images)." in page
 
 
 # ------------------------------------------------------------------------------------- differences

@@ -20,11 +20,21 @@ from .statistics import Summary, over_attacks, summarise
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox, BboxBase
 
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#6a6d71"
 SEVERAL = (BLUE, ORANGE, GREEN, "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#000000")
 MOST_NUMBERS = 600  # tiles of a heat map that still get their number written in
 DPI = 110
+PLACES = [  # of a name: points away from its point's edge, and the direction; the front runs right
+    (float(away), across, up)
+    for away in range(4, 100, 8)
+    for across, up in (
+        *((0.7, 0.7), (-0.7, -0.7), (-0.7, 0.7), (0.7, -0.7)),
+        *((-1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, -1.0)),
+    )
+]
 
 
 class Drawn(NamedTuple):
@@ -102,6 +112,15 @@ def _short(name: str, most: int = 26) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def called(specs: Sequence[str], most: int = 26) -> list[str]:
+    """A name for each: the method's where that tells it from the others, else its fields, too."""
+    bare = [spec.partition(":")[0] for spec in specs]
+    return [
+        _short(name if bare.count(name) == 1 else spec, most)
+        for name, spec in zip(bare, specs, strict=True)
+    ]
+
+
 def _new(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
@@ -141,7 +160,7 @@ def heat(rows: Sequence[Row]) -> Made | str:
         ):
             shown = axes.imshow(values, cmap=name, vmin=0, vmax=high, aspect="auto")
             sheet.colorbar(shown, ax=axes, extend="max" if high < 100 else "neither")
-            _names(axes, attacks, defenses)
+            _names(axes, called(attacks), called(defenses))
             axes.set_title(title, fontsize=9)
             if len(attacks) * len(defenses) <= MOST_NUMBERS:
                 _numbers(axes, values, high / 2)
@@ -226,20 +245,13 @@ def tradeoff(rows: Sequence[Row]) -> Made | str:
             zorder=1,
         )
         for point in found:
-            size = 25 + 45 * math.log10(1 + max(point.seconds, 0))
             colour = GREY if point.null else BLUE if point in front else ORANGE
-            axes.scatter(point.drop, point.asr, s=size, color=colour, alpha=0.85, zorder=2)
-            axes.annotate(
-                _short(point.name, 22),
-                (point.drop, point.asr),
-                xytext=(6, 5),
-                textcoords="offset points",
-                fontsize=7.5,
-            )
+            axes.scatter(point.drop, point.asr, s=_area(point), color=colour, alpha=0.85, zorder=2)
         axes.set_xlabel("accuracy drop, points")
         axes.set_ylabel("ASR left, %")
         axes.margins(0.12)
         axes.grid(alpha=0.25)
+        write_names(sheet, axes, found)
         return sheet
 
     caption = (
@@ -247,6 +259,66 @@ def tradeoff(rows: Sequence[Row]) -> Made | str:
         "methods. A point's area grows with the logarithm of its seconds."
     )
     return "What a repair costs and what it leaves", caption, paint, False
+
+
+def _area(point: Point) -> float:
+    """Of its mark, in square points of type."""
+    return 25 + 45 * math.log10(1 + max(point.seconds, 0))
+
+
+def _radius(point: Point) -> float:
+    return math.sqrt(_area(point)) / 2
+
+
+def write_names(sheet: Figure, axes: Axes, found: Sequence[Point]) -> list[Bbox]:
+    """Names near their points, the nearest place first that hides no point and no other name, with
+    a line to those that had to go farther.
+
+    Returns the places, in pixels. A name without a free place stands where it hides least.
+    """
+    from matplotlib.transforms import Bbox
+
+    sheet.draw_without_rendering()  # the axes stay where they are from here on
+    pixel = sheet.dpi / 72
+    taken = []
+    for point in found:
+        x, y = axes.transData.transform((point.drop, point.asr))
+        half = 0.7 * pixel * _radius(point)  # the square within its mark
+        taken.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
+    for point, name in zip(found, called([p.name for p in found], 22), strict=True):
+        where, radius = (point.drop, point.asr), _radius(point)
+        text = axes.annotate(name, where, (0, 0), textcoords="offset points", fontsize=7.5)
+        text.set_in_layout(False)
+        best, hidden = PLACES[0], math.inf
+        for place in PLACES:
+            now = _hidden(_put(text, radius, place), taken, axes.bbox)
+            if now < hidden:
+                best, hidden = place, now
+            if not hidden:
+                break
+        taken.append(_put(text, radius, best))
+        if best[0] > PLACES[0][0]:
+            line = axes.annotate(
+                "", where, text.get_position(), textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5}, zorder=1,
+            )  # fmt: skip
+            line.set_in_layout(False)
+    return taken[len(found) :]
+
+
+def _put(text: Text, radius: float, place: tuple[float, float, float]) -> Bbox:
+    """Where that is, in pixels."""
+    away, across, up = place
+    text.set_position(((radius + away) * across, (radius + away) * up))
+    text.set_horizontalalignment(("right", "center", "left")[round(across) + 1])
+    text.set_verticalalignment(("top", "center", "bottom")[round(up) + 1])
+    return text.get_window_extent().padded(2)
+
+
+def _hidden(box: Bbox, taken: Sequence[Bbox], frame: BboxBase) -> int:
+    """How many of `taken` lie under a box; a box beyond the frame hides one more."""
+    inside = all(frame.contains(*corner) for corner in box.corners())
+    return int(box.count_overlaps(taken)) + (not inside)
 
 
 def cost(rows: Sequence[Row]) -> Made | str:
@@ -272,7 +344,7 @@ def cost(rows: Sequence[Row]) -> Made | str:
             color=BLUE,
             ecolor=GREY,
         )
-        axes.set_yticks(range(len(known)), [_short(bar[0]) for bar in known])
+        axes.set_yticks(range(len(known)), called([bar[0] for bar in known]))
         axes.set_xlabel("seconds per repair")
         axes.set_xlim(left=0)
         return sheet
