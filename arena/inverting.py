@@ -31,6 +31,7 @@ from arena.core.inversion.engine import (
 )
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
+from arena.core.inversion.perceived import retold, size_of
 from arena.core.registry import BadInput, code_hash, short_spec, spec_of, split_spec
 from arena.core.seeding import stream
 from arena.identity import method_identity
@@ -174,7 +175,9 @@ def answers(
         own = f"{place}."
         trigger = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
         found.append(Found(problems[place], size, asr, trigger, steps))
-    return found, float(kept.meta["seconds"])
+    images = getattr(subject.data, question.split)
+    told = retold(found, family, images, question.samples, question.seed)
+    return told, float(kept.meta["seconds"])
 
 
 def class_distances(
@@ -251,10 +254,9 @@ def _starts(
     sizes: list[float | None] = [None] * subject.data.num_classes
     for victim, target in dict(pairs).items():
         rows = rows_of(Problem(victim, target), images.y.cpu(), question.samples, question.seed)
-        x = training.to_float(images.x[rows.to(images.x.device)]).cpu()
-        start = family.begin(x, stream(question.seed, "start", victim))
-        at = {name: value[None] for name, value in start.items()}
-        sizes[victim] = float(family.size(at, x[None], family.stamp(at, x[None])))
+        x = images.x[rows.to(images.x.device)].cpu()
+        start = family.begin(training.to_float(x), stream(question.seed, "start", victim))
+        sizes[victim] = size_of(family, start, x)
     return sizes
 
 

@@ -124,23 +124,74 @@ def test_a_file_of_codecs_gives_back_each(tmp_path):
         codec.of_file(tmp_path / "text.safetensors", "random")
 
 
+def test_a_file_keeps_the_second_block(tmp_path):
+    torch.manual_seed(0)
+    made = Codec(3, "zero", [(5, 6)])
+    save_file(codec.packed([made]), tmp_path / "codec.safetensors")
+    back, x = codec.of_file(tmp_path / "codec.safetensors", "zero"), torch.rand(2, 3, 9, 8)
+    seen = back.encoder.perceived(x)
+    assert seen.shape == (2, 6, 3, 2)
+    assert torch.allclose(seen, made.encoder.perceived(x), atol=1e-2)  # half precision
+    bare = Codec(3).encoder
+    assert torch.equal(bare.perceived(x), bare(x))
+
+
+def test_a_second_block_is_trained_on_top_of_the_first_which_stays(monkeypatch):
+    monkeypatch.setattr(codec, "_BLOCK", (8, 8))
+    monkeypatch.setattr(codec, "_TOP", (8, 8))
+    images = toys.images(96, stream(0, "images"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = Encoder(3)
+    few = {"batch": 32, "updates": 40}
+    made = codec.train_further(first, images, stream(0, "further"), **few)
+    x = images.x.float() / 255
+    assert torch.equal(made(x), first(x))
+    again = codec.train_further(first, images, stream(0, "further"), **few)
+    assert torch.equal(made.perceived(x), again.perceived(x))
+    raw = codec.train_further(first, images, stream(0, "further"), batch=32, updates=1)
+    seen, before = (share_within(one.perceived(x), images.y) for one in (made, raw))
+    assert seen < before / 2
+
+
+def share_within(features: torch.Tensor, y: torch.Tensor) -> float:
+    """Of the features' variance, what lies within the classes."""
+    flat = features.flatten(1)
+    means = torch.stack([flat[y == label].mean(0) for label in y.unique()])
+    return float((flat - means[y]).var(0).sum() / flat.var(0).sum())
+
+
 class VGG(nn.Module):
+    """Blocks of 2, 2, 3 and 1 convolutions, as a VGG16 begins."""
+
     def __init__(self) -> None:
         super().__init__()
-        convs = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
-        self.features = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), nn.MaxPool2d(2))
+        self.features = nn.Sequential()
+        before = 3
+        for width, count in ((64, 2), (6, 2), (7, 3), (5, 1)):
+            for _ in range(count):
+                self.features += nn.Sequential(nn.Conv2d(before, width, 3, padding=1), nn.ReLU())
+                before = width
+            self.features.append(nn.MaxPool2d(2))
 
 
-def test_the_first_block_of_a_vgg_is_an_encoder(monkeypatch):
+def test_the_first_blocks_of_a_vgg_are_an_encoder(monkeypatch):
     import torchvision
 
     torch.manual_seed(0)
     vgg = VGG()
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: vgg)
-    x = torch.rand(2, 3, 8, 8)
+    x = torch.rand(2, 3, 16, 16)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in _IMAGENET)
-    wanted = vgg.features((x - mean) / std)
-    assert torch.allclose(codec.vgg_encoder("vgg16")(x), wanted, atol=1e-6)
+    features = (x - mean) / std
+    poolings = []
+    for layer in vgg.features:
+        features = layer(features)
+        if isinstance(layer, nn.MaxPool2d):
+            poolings.append(features)
+    encoder = codec.vgg_encoder("vgg16")
+    assert torch.allclose(encoder(x), poolings[0], atol=1e-6)
+    assert torch.allclose(encoder.perceived(x), poolings[2], atol=1e-6)
     with pytest.raises(BadInput, match="did you mean 'vgg19'"):
         codec.vgg_encoder("vgg11")
 

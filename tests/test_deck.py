@@ -148,6 +148,17 @@ def test_the_four_losses_by_hand(codec):
     assert torch.allclose(Deck(content=2, ssim=2, smooth=2, norm=2).penalty(at, x, shown), every)
 
 
+@torch.no_grad()
+def test_distances_are_of_the_last_block_s_features(monkeypatch):
+    torch.manual_seed(0)
+    deeper = Codec(3, further=[(5, 6)])
+    monkeypatch.setattr(deck, "shipped", lambda name, how: deeper)
+    x, shown = images(4), images(8)[4:]
+    apart = deeper.encoder.perceived(x) - deeper.encoder.perceived(shown)
+    assert Deck().perceived(x, shown) == pytest.approx(float(apart.square().mean()))
+    assert Deck().seen_by == "cifar10, pooling 2"
+
+
 def test_a_size_is_of_the_images_that_it_is_asked_for(codec):
     family, x = Deck(), images(4)[None]
     at = {name: value[None] for name, value in started(family, x[0]).items()}

@@ -140,6 +140,23 @@ def test_an_encoder_of_one_s_own(store, cells, tmp_path):
     assert again["start"] != found["start"]
 
 
+def test_distances_are_seen_by_the_encoder_s_last_block(store, cells, tmp_path):
+    torch.manual_seed(0)
+    made, file = Codec(3, further=[(4,)]), tmp_path / "own.safetensors"
+    few = ("--pairs", "1:0,0:1,0:2,0:3,0:4", "--asr", 0.01, "--json")
+    words = ("distance", cells["patch"], "--store", store, *FEW, *few)
+    deck = ("--method", "deck:regions=1", "--encoder", file)
+    found = []
+    for _ in range(2):
+        save_file(codec.packed([made]), file)
+        found.append(json.loads(arena(*words, *deck).out))
+        for value in made.encoder.further.parameters():
+            value.data *= 2  # features twice as large, by which no image is made
+    assert found[0]["encoder"].endswith(", pooling 2")
+    assert found[1]["mean"] == pytest.approx(4 * found[0]["mean"], rel=0.01)
+    assert found[1]["start"][0] == pytest.approx(4 * found[0]["start"][0], rel=0.01)
+
+
 def test_what_starts_as_no_change_at_all_starts_at_no_distance(store, cells):
     words = ("distance", cells["patch"], "--store", store, "--samples", 5, "--restarts", 1)
     few = ("--method", "abs_filter", "--steps", 1, "--pairs", "1:0", "--json")

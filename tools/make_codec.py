@@ -2,8 +2,9 @@
 
     python tools/make_codec.py DATASET NAME [--encoder torchvision:vgg16] [--data-dir DIR]
 
-One encoder, and a decoder for each way to upsample, stored in half precision. The mean squared
-error of images that the training did not see stands beside each.
+One encoder of two blocks, and a decoder from the first for each way to upsample, stored in half
+precision. The mean squared error of images that the training did not see stands beside each.
+--keep leaves what the asset has but the second block, which is trained anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from safetensors.torch import save_file
 
 from arena import data as datasets
 from arena.core import training
-from arena.core.inversion.codec import WIDTH, Codec, Upsampling, packed, train_codec, vgg_encoder
+from arena.core.inversion.codec import (
+    WIDTH,
+    Codec,
+    Upsampling,
+    of_file,
+    packed,
+    train_codec,
+    train_further,
+    vgg_encoder,
+)
 from arena.core.progress import listening
 from arena.core.seeding import stream
 
@@ -25,11 +35,15 @@ KINDS: tuple[Upsampling, ...] = ("random", "zero", "nearest", "swwae")
 
 def main(options: argparse.Namespace) -> None:
     data = datasets.load(options.dataset, data_dir=options.data_dir)
+    place = Path(__file__).parents[1] / "arena" / "assets" / f"codec-{options.name}.safetensors"
     codecs = []
     encoder = None
     if options.encoder is not None:
         encoder = vgg_encoder(options.encoder.removeprefix("torchvision:"))
     for kind in KINDS:
+        if options.keep:
+            codecs.append(of_file(place, kind))
+            continue
         with listening(_tell):
             codec = train_codec(
                 data.train, stream(0, "codec", kind),
@@ -42,7 +56,11 @@ def main(options: argparse.Namespace) -> None:
             flush=True,
         )
         codecs.append(codec)
-    place = Path(__file__).parents[1] / "arena" / "assets" / f"codec-{options.name}.safetensors"
+    if options.encoder is None:
+        with listening(_tell):
+            whole = train_further(codecs[0].encoder, data.train, stream(0, "codec", "further"))
+        for codec in codecs:
+            codec.encoder = whole
     save_file(packed(codecs), place)
     print(f"written: {place} ({place.stat().st_size / 1e6:.2f} MB)")
 
@@ -68,4 +86,5 @@ if __name__ == "__main__":
     parser.add_argument("--encoder", help="torchvision:vgg16, say; else it is trained here")
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--updates", type=int, default=5000, help="of the encoder")
+    parser.add_argument("--keep", action="store_true", help="train the second block alone")
     main(parser.parse_args())

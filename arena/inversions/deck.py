@@ -5,7 +5,8 @@ features are cut into regions, each with a convolution of its own, learned too; 
 image of them. What is generated stays like the original by four losses.
 
 Source: DECK (Model hardening against pervasive backdoors), section IV-B, equations 1, 2 and 7 to
-    11; 300 passes; size: mean squared error between the features of original and generated images.
+    11; 300 passes; size: mean squared error between the features of original and generated images,
+    in searches those of the content loss. Distances are seen by deeper ones (`perceived`).
 Departs: regions (2 x 2) and kernels (3 px) are not published; nor are the learning rate and the
     losses' first weight, which are those with the smallest triggers on a clean network; nor the
     scale of pixels: losses are those of images in 0 to 255, for which the published weights bring
@@ -83,10 +84,11 @@ class Deck(Family):
 
     @property
     def seen_by(self) -> str:
+        features = f"pooling {1 + len(self.codec.encoder.further)}"
         if self.file is None:
-            return self.encoder
+            return f"{self.encoder}, {features}"
         file = Path(self.file).expanduser()
-        return f"{file.stem} (sha256 {sha256(file.read_bytes()).hexdigest()[:12]})"
+        return f"{file.stem} (sha256 {sha256(file.read_bytes()).hexdigest()[:12]}), {features}"
 
     @cached_property
     def _penalised(self) -> dict[str, tuple[ref[Tensor], ref[Tensor], Tensor]]:
@@ -158,6 +160,11 @@ class Deck(Family):
         if last is not None and last[0]() is x and last[1]() is stamped:
             return last[2]  # of a pass, to be held against other passes': nothing is encoded twice
         return self._content(x, stamped)
+
+    def perceived(self, x: Tensor, stamped: Tensor) -> Tensor:
+        """() mean squared error of the encoder's last features; x, stamped: (N, C, H, W)."""
+        encoder = self.codec.to(x.device).encoder
+        return F.mse_loss(encoder.perceived(x), encoder.perceived(stamped))
 
     def _content(self, x: Tensor, stamped: Tensor) -> Tensor:
         """(K,) mean squared error of features, of images in 0 to 255."""

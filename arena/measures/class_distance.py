@@ -29,6 +29,7 @@ from arena.core.inversion.distances import (
 from arena.core.inversion.engine import Family, Search, invert, rows_of
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
+from arena.core.inversion.perceived import retold
 from arena.core.measures import Reading
 from arena.core.models import Classifier
 from arena.core.registry import method, param, short_spec
@@ -71,8 +72,7 @@ class ClassDistance:
     def unit(self) -> str:
         """What the sizes are counted in, whose triggers they are, and seen by which encoder."""
         family = self.family
-        encoder = getattr(family, "encoder", None)
-        seen = f", encoder {encoder}" if encoder else ""
+        seen = f", encoder {family.seen_by}" if family.seen_by else ""
         return f"{family.unit} ({short_spec(family)}{seen})"
 
     def chosen(self, classes: int, seed: int) -> list[Pair]:
@@ -103,7 +103,7 @@ class ClassDistance:
             Frozen(model), self.family, problems, val, self.search,
             seed=seed, checkpoint=checkpoint, what="class distances",
         )  # fmt: skip
-        matrix = distances(found, classes)
+        matrix = distances(retold(found, self.family, val, self.samples, seed), classes)
         sizes = [float(matrix.size[pair]) for pair in pairs]
         figures = {
             "distance": matrix.mean,

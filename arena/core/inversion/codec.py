@@ -1,4 +1,4 @@
-"""An encoder up to the first pooling and a decoder back: where DECK changes what images look like.
+"""An encoder and a decoder back from its first pooling: where DECK changes what images look like.
 
 Source: DECK (Model hardening against pervasive backdoors), sections IV-A and V-F: the first block
     of a VGG, fixed, and its mirror image, trained to reconstruct (mean squared error). What pooling
@@ -9,19 +9,25 @@ Departs: the encoder is the first block of a small network trained on the data a
     trained on ImageNet; it learns to classify and to lose little that the decoder needs, since a
     small classifier's first block alone loses so much that a third of the images are taken for
     others when they come back. The Gaussian has one deviation per channel, that of what pooling
-    leaves out.
+    leaves out. Distances are seen by deeper features (`perceived`), since the paper does not say
+    which of a pre-trained encoder's its distances are of: of a VGG the third pooling's, of ours the
+    second's, which agree best with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from arena.core import training
 from arena.core.contracts import Images
@@ -30,6 +36,8 @@ from arena.core.registry import BadInput, nearest
 from arena.core.seeding import draw_seed, seeded_globals, stream
 
 WIDTH = 64  # channels of the features
+_VGG_BLOCKS = 3  # distances are seen by the last one's pooling
+_BLOCK, _TOP = (128, 128), (256, 256)  # widths: a block for distances, and one to classify by it
 _RATE = 2e-3  # of Adam, at first
 _FAITHFUL = 100.0  # weight of what images lack that come back from features, beside a classifier's
 _MEASURE_EVERY = 50  # updates of the encoder between two measurements of what pooling leaves out
@@ -38,17 +46,27 @@ Upsampling = Literal["random", "zero", "nearest", "swwae"]
 
 
 class Encoder(nn.Module):
-    """float (N, C, H, W) in [0, 1] -> features (N, 64, H / 2, W / 2), sizes rounded up."""
+    """float (N, C, H, W) in [0, 1] -> features (N, 64, H / 2, W / 2), sizes rounded up.
+
+    further: the widths of the convolutions in each block after the first.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, further: Sequence[Sequence[int]] = ()) -> None:
         super().__init__()
         self.register_buffer("mean", torch.full((channels, 1, 1), 0.5))
         self.register_buffer("std", torch.full((channels, 1, 1), 0.25))
         self.conv1 = nn.Conv2d(channels, WIDTH, 3, padding=1)
         self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.further = nn.ModuleList()
+        before = WIDTH
+        for widths in further:
+            ins = [before, *widths[:-1]]
+            convs = (nn.Conv2d(i, o, 3, padding=1) for i, o in zip(ins, widths, strict=True))
+            self.further.append(nn.ModuleList(convs))
+            before = widths[-1]
 
     def maps(self, x: Tensor) -> Tensor:
         """Before pooling, (N, 64, H, W)."""
@@ -57,6 +75,15 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # which pooling is fastest in, too
         return F.max_pool2d(self.maps(x), 2, ceil_mode=True)
+
+    def perceived(self, x: Tensor) -> Tensor:
+        """Features of the last block's pooling, (N, width, h, w): halved once more by each."""
+        features: Tensor = self(x)
+        for block in _blocks(self):
+            for conv in block:
+                features = F.relu(conv(features))
+            features = F.max_pool2d(features, 2, ceil_mode=True)
+        return features
 
 
 class Decoder(nn.Module):
@@ -126,10 +153,12 @@ def cells_of(maps: Tensor) -> Tensor:
 class Codec(nn.Module):
     """Both, with the upsampling between them."""
 
-    def __init__(self, channels: int, how: Upsampling = "random") -> None:
+    def __init__(
+        self, channels: int, how: Upsampling = "random", further: Sequence[Sequence[int]] = ()
+    ) -> None:
         super().__init__()
         self.how, self.channels = how, channels
-        self.encoder, self.decoder = Encoder(channels), Decoder(channels)
+        self.encoder, self.decoder = Encoder(channels, further), Decoder(channels)
 
     def decode(
         self, features: Tensor, size: tuple[int, int], noise: Tensor | None = None,
@@ -177,8 +206,9 @@ def of_file(file: Path, how: Upsampling) -> Codec:
     try:
         kept = {key: value.float() for key, value in load_file(file).items()}
         with torch.random.fork_rng(devices=[]):  # layers draw weights, which are overwritten
-            codec = Codec(len(kept["encoder.mean"]), how)
-        codec.encoder.load_state_dict(_below(kept, "encoder"))
+            encoder = _below(kept, "encoder")
+            codec = Codec(len(encoder["mean"]), how, _widths(encoder))
+        codec.encoder.load_state_dict(encoder)
         codec.decoder.load_state_dict(_below(kept, how))
     except (SafetensorError, KeyError, RuntimeError, OSError) as error:
         raise BadInput(
@@ -201,12 +231,23 @@ def _below(kept: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.partition(".")[2]: v for k, v in kept.items() if k.partition(".")[0] == prefix}
 
 
+def _widths(encoder: Mapping[str, Tensor]) -> list[list[int]]:
+    """Of the convolutions of each further block, from an encoder's weights."""
+    widths: list[list[int]] = []
+    for name, value in sorted(encoder.items()):
+        if found := re.fullmatch(r"further\.(\d+)\.\d+\.bias", name):
+            if int(found[1]) == len(widths):
+                widths.append([])
+            widths[-1].append(len(value))
+    return widths
+
+
 _VGGS = ("vgg13", "vgg16", "vgg19")  # whose first block has two convolutions
 
 
 def vgg_encoder(name: str) -> Encoder:
-    """The first block of a torchvision VGG with its ImageNet weights, which are downloaded where
-    they are not in torch's cache. Raises BadInput on another network and where they cannot be had.
+    """Three blocks of a torchvision VGG with its ImageNet weights, which are downloaded where they
+    are not in torch's cache. Raises BadInput on another network and where they cannot be had.
     """
     from torchvision import models
 
@@ -218,12 +259,27 @@ def vgg_encoder(name: str) -> Encoder:
         raise BadInput(
             f"The weights of torchvision's {name} cannot be had ({error}); use the shipped encoder."
         ) from None
-    encoder = Encoder(3)
+    blocks: list[list[nn.Conv2d]] = [[]]
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            blocks[-1].append(layer)
+        elif isinstance(layer, nn.MaxPool2d):
+            blocks.append([])
+    further = blocks[1:_VGG_BLOCKS]
+    encoder = Encoder(3, [[conv.out_channels for conv in block] for block in further])
     encoder.mean.copy_(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
     encoder.std.copy_(torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-    encoder.conv1.load_state_dict(features[0].state_dict())
-    encoder.conv2.load_state_dict(features[2].state_dict())
+    own = [[encoder.conv1, encoder.conv2], *_blocks(encoder)]
+    for mine, theirs in zip(chain(*own), chain(blocks[0], *further), strict=True):
+        mine.load_state_dict(theirs.state_dict())
     return encoder.requires_grad_(False)
+
+
+def _blocks(encoder: Encoder) -> list[list[nn.Conv2d]]:
+    """The convolutions of each further block."""
+    return [
+        [cast(nn.Conv2d, conv) for conv in cast(nn.ModuleList, block)] for block in encoder.further
+    ]
 
 
 def train_codec(
@@ -261,7 +317,7 @@ def train_codec(
         return few[torch.arange(count, device=device) % _DRAWS] if how == "random" else None
 
     if encoder is not None:
-        codec.encoder.load_state_dict(encoder.state_dict())
+        codec.encoder = deepcopy(encoder).to(device)
     else:
         both = [*codec.parameters(), *rest.parameters()]
         least = float(sample.var())  # the error of one grey for all
@@ -293,6 +349,49 @@ def train_codec(
         adam.step()
         report("decoder", update + 1, decoder_updates)
     return codec.eval().requires_grad_(False)
+
+
+def train_further(
+    encoder: Encoder, images: Images, rng: Generator, *, updates: int = 2250, batch: int = 128
+) -> Encoder:
+    """The encoder with a second block, frozen: that of a classifier of three blocks for images like
+    these (uint8, labelled), which is trained on top of the first one. On the images' device."""
+    device, seed = images.x.device, draw_seed(rng)
+    channels, classes = len(encoder.mean), int(images.y.max()) + 1
+    with seeded_globals(stream(seed, "further")):
+        whole = Encoder(channels, [_BLOCK, _TOP])
+        norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (*_BLOCK, *_TOP))
+        last = nn.Linear(_TOP[-1], classes)
+    whole.load_state_dict(encoder.state_dict(), strict=False)
+    nn.ModuleList([whole, norms, last]).to(device)
+    nn.ModuleList([whole.conv1, whole.conv2]).requires_grad_(False)
+
+    def logits(x: Tensor) -> Tensor:
+        features, scales = whole(x), iter(norms)
+        for block in _blocks(whole):
+            for conv in block:
+                features = F.relu(next(scales)(conv(features)))
+            features = F.max_pool2d(features, 2, ceil_mode=True)
+        answers: Tensor = last(features.amax((2, 3)))
+        return answers
+
+    learned = [p for p in [*whole.parameters(), *norms.parameters()] if p.requires_grad]
+    adam = torch.optim.Adam([*learned, *last.parameters()], lr=_RATE)
+    for update, (x, y) in enumerate(_batches(images, updates, batch, seed)):
+        _slow(adam, update / updates)
+        with training.autocast(device):
+            answers = logits(x)
+        loss = F.cross_entropy(answers.float(), y)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+        report("second block", update + 1, updates)
+    made = Encoder(channels, [_BLOCK]).to(device)
+    made.load_state_dict(encoder.state_dict(), strict=False)
+    for own, conv, norm in zip(_blocks(made)[0], _blocks(whole)[0], norms.eval(), strict=False):
+        fused = fuse_conv_bn_eval(conv.eval(), cast(nn.BatchNorm2d, norm))
+        own.load_state_dict(fused.state_dict())
+    return made.eval().requires_grad_(False)
 
 
 def _slow(adam: torch.optim.Adam, done: float) -> None:
