@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from arena.core import features, models, pruning, rates
 from arena.core.contracts import Images, Repairs
+from arena.core.inversion.families import families
 from arena.core.models import Classifier
-from arena.core.registry import BadInput, defenses
+from arena.core.registry import BadInput, Registry, defenses, spec_of
 from arena.core.seeding import stream
 from arena.core.training import accuracy
 from arena.defenses import fine_pruning, retrain
+from arena.identity import method_identity
 
 SMALL = {  # beside what the recipe `smoke` shortens: all do something to a small model
     "retrain": "retrain:epochs=2,min_steps=0,batch=32",
@@ -122,6 +124,27 @@ def test_repair_returns_the_same_architecture_in_plain_weights(name, planted, cl
     plain.load_state_dict(after)
     close = torch.allclose(plain(clean.x / 255), repaired(clean.x / 255), atol=1e-4)
     assert close, "the repair is more than its weights"
+
+
+@pytest.mark.parametrize("name", [*REPAIRS, "k_arm", "k_arm:optimiser=pixel"])
+def test_the_families_that_a_method_asks_count_as_part_of_it(name, planted, clean, monkeypatch):
+    defense, build, asked = small(name), Registry.build, []
+
+    def watched(registry, spec, *args):
+        made = build(registry, spec, *args)
+        if registry.kind == families.kind:
+            asked.append(spec_of(made))
+        return made
+
+    monkeypatch.setattr(Registry, "build", watched)
+    if hasattr(defense, "repair"):
+        defense.repair(planted, clean, stream(0, "r"))
+    if hasattr(defense, "scan"):
+        defense.scan(planted, clean, stream(0, "s"))
+    known = {spec_of(family) for family in getattr(defense, "wraps", {}).values()}
+    assert set(asked) <= known
+    identity = method_identity(defense)
+    assert {one["spec"] for one in identity.get("wrapped", {}).values()} == known
 
 
 @pytest.mark.parametrize("name", [name for name in REPAIRS if name in SMALL])

@@ -30,6 +30,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -110,6 +111,12 @@ class ABS:
     weight_decay: float = param(1e-4, "on all weights", low=0, source="NAD")
     momentum: float = param(0.9, "Nesterov", low=0, high=0.999, source="NAD")
 
+    @property
+    def wraps(self) -> dict[str, Any]:
+        """The forms that are tried, and whose code counts for what comes out."""
+        specs = {"patch": f"abs:pixels={self.pixels}", "filter": "abs_filter"}
+        return {k: families.build(v) for k, v in specs.items() if self.form in (k, "both")}
+
     def scan(self, model: Classifier, clean: Images, rng: Generator) -> Verdict:
         check_clean(clean, model)
         classes = model.spec.classes
@@ -160,9 +167,7 @@ class ABS:
             return
         fewest = int(torch.bincount(clean.y.cpu(), minlength=model.spec.classes).min())
         own = min(self.samples // 3, fewest * (model.spec.classes - 1))
-        specs = {"patch": f"abs:pixels={self.pixels}", "filter": "abs_filter"}
-        for form in ("patch", "filter") if self.form == "both" else (self.form,):
-            family = families.build(specs[form])
+        for form, family in self.wraps.items():
             steps = self.filter_steps if form == "filter" and self.filter_steps else self.steps
             search = replace(family.usual, samples=own, batch=own, steps=steps, asr=_NEVER)
             guide = Driver(neurons, problems, family.others)

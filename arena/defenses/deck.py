@@ -93,15 +93,21 @@ class Deck:
         source="MOTH's code", under={"fast": 0.5},
     )  # fmt: skip
 
+    @property
+    def wraps(self) -> dict[str, Family]:
+        """Whose code counts for what comes out."""
+        spec = (
+            f"deck:decoder={self.decoder},content={self.content!r},ssim={self.ssim!r},"
+            f"smooth={self.smooth!r},norm={self.norm!r}"
+        )
+        return {"trigger": families.build(spec)}
+
     def check(self, model: Classifier, clean: Images) -> None:
         hardening.check(model, clean, "deck")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
-        family: Family = families.build(
-            f"deck:decoder={self.decoder},content={self.content!r},ssim={self.ssim!r},"
-            f"smooth={self.smooth!r},norm={self.norm!r}"
-        )
+        family = self.wraps["trigger"]
         pace = hardening.Pace(
             first=self.first, more=self.more, asr=self.asr, portion=self.portion, rise=1.0
         )

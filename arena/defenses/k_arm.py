@@ -64,6 +64,14 @@ class KArm:
         10.0, "how many times larger the way back must be", low=1, source="code"
     )
 
+    @property
+    def wraps(self) -> dict[str, Family]:
+        """Whose code counts for what comes out."""
+        return {
+            "universal": families.build(_FAMILIES[self.optimiser, True]),
+            "specific": families.build(_FAMILIES[self.optimiser, False]),
+        }
+
     def scan(self, model: Classifier, clean: Images, rng: Generator) -> Verdict:
         check_clean(clean, model)
         _, classes, (_, height, width) = model.spec
@@ -75,7 +83,7 @@ class KArm:
         ):
             if not problems:
                 continue
-            family: Family = families.build(_FAMILIES[self.optimiser, all_classes])
+            family = self.wraps["universal" if all_classes else "specific"]
             arms = self._searched(model, family, problems, clean, rng)
             for answer in arms.found():
                 if not answer.size:

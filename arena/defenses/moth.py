@@ -106,12 +106,17 @@ class Moth:
         source="code", under={"fast": 0.5},
     )  # fmt: skip
 
+    @property
+    def wraps(self) -> dict[str, Family]:
+        """Whose code counts for what comes out."""
+        return {"trigger": families.build(self.trigger)}
+
     def check(self, model: Classifier, clean: Images) -> None:
         hardening.check(model, clean, "moth")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
-        family: Family = families.build(self.trigger)
+        family = self.wraps["trigger"]
         pace = hardening.Pace(
             first=self.first, more=self.more, asr=self.asr, portion=self.portion, reuse=self.reuse
         )

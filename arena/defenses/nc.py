@@ -94,6 +94,11 @@ class NC:
         0.05, "accuracy that pruning may cost on the held-out images", low=0, high=1, source="paper"
     )
 
+    @property
+    def wraps(self) -> dict[str, Family]:
+        """Whose code counts for what comes out."""
+        return {"trigger": families.build("nc:nudge=0")}
+
     def scan(self, model: Classifier, clean: Images, rng: Generator) -> Verdict:
         check_clean(clean, model)
         _, classes, shape = model.spec
@@ -133,7 +138,7 @@ class NC:
         self, model: Classifier, clean: Images, rng: Generator
     ) -> tuple[Family, list[Found]]:
         """The trigger family, and an answer for every class and restart."""
-        family = families.build("nc:nudge=0")
+        family = self.wraps["trigger"]
         search = Search(
             samples=self.samples, steps=self.steps, asr=self.asr, stall=self.stall, wait=True
         )

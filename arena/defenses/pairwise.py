@@ -58,12 +58,17 @@ class Pairwise:
         source="MOTH's code", under={"fast": 0.5},
     )  # fmt: skip
 
+    @property
+    def wraps(self) -> dict[str, Family]:
+        """Whose code counts for what comes out."""
+        return {"trigger": families.build("nc")}
+
     def check(self, model: Classifier, clean: Images) -> None:
         hardening.check(model, clean, "pairwise")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
-        family: Family = families.build("nc")
+        family = self.wraps["trigger"]
         classes = model.spec.classes
         pace = hardening.Pace(
             first=self.first,

@@ -62,10 +62,18 @@ class Pixel:
         source="MOTH's warm-up",
     )  # fmt: skip
 
+    @property
+    def wraps(self) -> dict[str, Family]:
+        """Whose code counts for what comes out."""
+        return {
+            "scan": families.build("pixel:form=tanh"),
+            "repair": families.build("pixel:form=clip"),
+        }
+
     def scan(self, model: Classifier, clean: Images, rng: Generator) -> Verdict:
         check_clean(clean, model)
         _, classes, shape = model.spec
-        family = families.build("pixel:form=tanh")
+        family = self.wraps["scan"]
         search = Search(samples=self.samples, steps=self.steps, asr=self.asr, stall=self.stall)
         found = scanning.universal_triggers(
             model, family, clean, search, rng, classes=classes, restarts=self.restarts
@@ -77,7 +85,7 @@ class Pixel:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
-        family: Family = families.build("pixel:form=clip")
+        family = self.wraps["repair"]
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
         course = hardening.Course(self.updates, self.max_drop, self.batch, self.lr)
         return hardening.by_classes(model, clean, rng, family, pace, course)

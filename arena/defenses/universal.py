@@ -52,12 +52,17 @@ class Universal:
         source="MOTH's warm-up",
     )  # fmt: skip
 
+    @property
+    def wraps(self) -> dict[str, Family]:
+        """Whose code counts for what comes out."""
+        return {"trigger": families.build("nc")}
+
     def check(self, model: Classifier, clean: Images) -> None:
         hardening.check(model, clean, "universal")
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
-        family: Family = families.build("nc")
+        family = self.wraps["trigger"]
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
         course = hardening.Course(self.updates, self.max_drop, self.batch, self.lr)
         return hardening.by_classes(model, clean, rng, family, pace, course)
