@@ -231,7 +231,7 @@ def test_a_sample_of_more_pairs_than_there_are_is_all_of_them():
 def test_units_name_the_family_and_the_encoder(monkeypatch):
     assert ClassDistance(method="nc:nudge=0").unit == "mask L1 (nc:nudge=0)"
     family = families.load("filter")
-    monkeypatch.setattr(family, "encoder", "vgg", raising=False)
+    monkeypatch.setattr(family, "seen_by", "vgg")
     assert ClassDistance(method="filter").unit == (
         "levels of mean and deviation (filter, encoder vgg)"
     )
