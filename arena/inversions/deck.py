@@ -5,9 +5,10 @@ features are cut into regions, each with a convolution of its own, learned too; 
 image of them. What is generated stays like the original by four losses.
 
 Source: DECK (Model hardening against pervasive backdoors), section IV-B, equations 1, 2 and 7 to
-    11; 300 passes; size: mean squared error between the features of original and generated images,
-    in searches those of the content loss. Distances are seen by deeper ones (`perceived`).
-Departs: regions (2 x 2) and kernels (3 px) are not published; nor are the learning rate and the
+    11; 300 passes; size: mean squared error between the features of original and generated images.
+Departs: searches compare sizes by the content loss's features, distances are told by deeper ones
+    (`perceived`): the paper names no layer, and ours of the first pooling see little but colour.
+    Regions (2 x 2) and kernels (3 px) are not published; nor are the learning rate and the
     losses' first weight, which are those with the smallest triggers on a clean network; nor the
     scale of pixels: losses are those of images in 0 to 255, for which the published weights bring
     the terms to one size. The SSIM loss is 1 - SSIM: as printed it would be maximised. The noise of
