@@ -12,7 +12,7 @@ from torch import Generator
 from arena.core import progress, rates, training
 from arena.core.contracts import Images
 from arena.core.models import Classifier
-from arena.core.rates import RATES, Rung, rungs
+from arena.core.rates import RATES, Borne, Rung, climb
 from arena.core.registry import defenses
 from arena.core.seeding import stream
 from arena.defenses import mcr
@@ -31,54 +31,76 @@ def clean() -> Images:
     return toys.images(200, stream(0, "clean"))
 
 
-def asked(planted: Classifier, clean: Images, **changes: Any) -> list[Rung]:
-    return list(rungs(planted, clean, stream(0, "rates"), **{"lr": None, **SETTINGS, **changes}))
+def asked(planted: Classifier, clean: Images, **changes: Any) -> tuple[list[Borne], list[Rung]]:
+    """What is borne, and all that was tried."""
+    tried: list[Rung] = []
+
+    def train(rung: Rung) -> Classifier:
+        tried.append(rung)
+        return toys.planted()
+
+    settings = {"lr": None, **SETTINGS, **changes}
+    return climb(planted, clean, stream(0, "rates"), train, **settings), tried
 
 
-def test_rates_fall_and_the_images_that_decide_train_nothing(
+def test_rates_rise_and_the_images_that_decide_train_nothing(
     planted: Classifier, clean: Images
 ) -> None:
-    found = asked(planted, clean)
-    assert [rung.rate for rung in found] == sorted(RATES, reverse=True) == list(RATES)
-    for rung in found[:-1]:
+    found, tried = asked(planted, clean)
+    assert [rung.rate for rung in tried] == sorted(RATES) == list(RATES)
+    assert [borne.rung for borne in found] == tried
+    for rung in tried:
         assert rung.held is not None
         both = torch.cat([rung.held.x, rung.images.x]).flatten(1)
         assert (len(rung.held), len(rung.images)) == (40, 160)
         assert torch.equal(both.unique(dim=0), clean.x.flatten(1).unique(dim=0))
 
 
-@pytest.mark.parametrize(("left", "borne"), [(0.96, True), (0.95, True), (0.94, False)])
-def test_a_rate_may_cost_so_much_and_no_more(
-    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch, left: float, borne: bool
-) -> None:
-    seen: list[Images] = []
+@pytest.mark.parametrize(
+    ("reached", "borne"),
+    [
+        ((0.5, 0.5, 0.46, 0.45, 0.45), 5),  # from the lowest rate on, not from the model as it came
+        ((0.9, 0.86, 0.84, 0.9, 0.9), 2),  # what lies above a rate that costs too much is not tried
+        ((0.8, 0.9, 0.86, 0.84, 0.9), 3),  # from the best
+        ((0.9, 0.8, 0.9, 0.9, 0.9), 1),
+    ],
+)
+def test_a_rate_may_lose_so_much_and_no_more(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch,
+    reached: tuple[float, ...], borne: int,
+) -> None:  # fmt: skip
+    accuracies, seen = iter(reached), list[Images]()
 
     def accuracy(model: Classifier, images: Images) -> float:
+        assert model is not planted, "what it knew by heart says nothing"
         seen.append(images)
-        return 1.0 if model is planted else left
+        return next(accuracies)
 
     monkeypatch.setattr(rates, "accuracy", accuracy)
-    *others, last = asked(planted, clean)
-    tuned = toys.planted()
-    assert [rung.bears(tuned) for rung in others] == [borne] * len(others)
-    assert last.bears(tuned), "there is no other rate"
-    assert all(images is others[0].held for images in seen)
+    found, tried = asked(planted, clean)
+    assert [one.rung for one in found] == tried[:borne]
+    assert len(tried) == min(borne + 1, len(RATES))
+    assert all(images is tried[0].held for images in seen)
+    best = max(reached[:borne])
+    for left, whether in ((best - 0.049, True), (best - 0.051, False)):
+        monkeypatch.setattr(rates, "accuracy", lambda *_, left=left: left)
+        assert found[-1].bears(planted) is whether
 
 
 def test_a_rate_of_one_s_own_trains_on_all_images(planted: Classifier, clean: Images) -> None:
-    (rung,) = asked(planted, clean, lr=0.5)
-    assert (rung.rate, rung.images is clean, rung.bears(planted)) == (0.5, True, True)
+    (found,), (rung,) = asked(planted, clean, lr=0.5)
+    assert (rung.rate, rung.images is clean, found.bears(planted)) == (0.5, True, True)
 
 
 def test_with_nothing_to_hold_out_it_is_the_lowest(planted: Classifier, clean: Images) -> None:
     for few, held_out in ((clean, 0.0), (clean.take(torch.arange(2)), 0.2)):
-        (rung,) = asked(planted, few, held_out=held_out)
-        assert (rung.rate, rung.images is few) == (RATES[-1], True)
+        (found,), (rung,) = asked(planted, few, held_out=held_out)
+        assert (rung.rate, rung.images is few, found.bears(planted)) == (min(RATES), True, True)
 
 
 def test_no_more_are_held_out_than_tell(planted: Classifier) -> None:
     many = toys.images(6000, stream(0, "many"))
-    assert len(asked(planted, many)[0].images) == 5000
+    assert len(asked(planted, many)[1][0].images) == 5000
 
 
 @pytest.mark.parametrize("name", ["finetune", "nad"])
@@ -107,7 +129,7 @@ def test_looks_on_the_way_tell_the_accuracy_and_change_nothing(
             repaired = method.repair(planted, clean, stream(0, "repair"))
         weights.append(repaired.state_dict())
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    what = {"finetune": "fine-tuning at 0.1", "nad": "distillation at 0.1"}[name]
+    what = {"finetune": "fine-tuning at 0.1", "nad": "distillation at 0.1"}[name]  # all are borne
     steps = 160 // 64
     of_one = [line for line in told if line[0] == what]
     assert [line[1:3] for line in of_one] == [(steps, 3 * steps), (2 * steps, 3 * steps)]
@@ -127,21 +149,24 @@ def wrecks(at_least: float, fits: list[str]) -> Any:
     return fit
 
 
-TEACHERS = ["teacher at 0.1", "teacher at 0.05", "teacher at 0.02", "teacher at 0.01"]
+def named(what: str, *tried: float) -> list[str]:
+    return [f"{what} at {rate:g}" for rate in tried]
 
 
 @pytest.mark.parametrize(
     ("name", "wrecked", "tried", "good"),
     [
-        ("finetune", 0.1, ["fine-tuning at 0.1", "fine-tuning at 0.05"], True),
-        # a wrecked teacher has no student, but for the last one
-        ("nad", 0.02, [*TEACHERS, "distillation at 0.01"], True),
-        ("nad", 0.0, [*TEACHERS, "distillation at 0.01"], False),
-        ("fine_pruning", 0.1, ["fine-tuning at 0.1", "fine-tuning at 0.05"], True),
-        ("mcr", 0.1, ["fine-tuning at 0.1", "fine-tuning at 0.05", "curve"], True),
+        ("finetune", 0.02, named("fine-tuning", 0.005, 0.01, 0.02), True),
+        ("finetune", 0.1, named("fine-tuning", *RATES), True),
+        ("finetune", 0.0, named("fine-tuning", *RATES), False),  # none costs more than another
+        # a wrecked teacher has no student
+        ("nad", 0.02, [*named("teacher", 0.005, 0.01, 0.02), "distillation at 0.01"], True),
+        ("nad", 0.0, [*named("teacher", *RATES), "distillation at 0.1"], False),
+        ("fine_pruning", 0.05, named("fine-tuning", 0.005, 0.01, 0.02, 0.05), True),
+        ("mcr", 0.05, [*named("fine-tuning", 0.005, 0.01, 0.02, 0.05), "curve"], True),
     ],
 )
-def test_the_first_rate_that_is_borne_is_taken(
+def test_the_largest_rate_that_is_borne_is_taken(
     planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch,
     name: str, wrecked: float, tried: list[str], good: bool,
 ) -> None:  # fmt: skip
@@ -151,6 +176,26 @@ def test_the_first_rate_that_is_borne_is_taken(
     repaired = defenses.build(name).repair(planted, clean, stream(0, "repair"))
     assert fits == tried
     assert (rates.accuracy(repaired, clean) == 1) is good
+
+
+def test_a_student_that_loses_too_much_is_taught_at_a_lower_rate(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[str] = []
+    teach, distil = wrecks(0.05, fits), wrecks(0.01, fits)
+
+    def fit(*args: Any, **more: Any) -> Classifier:
+        what: str = more["what"]
+        done: Classifier = (distil if what.startswith("distil") else teach)(*args, **more)
+        return done
+
+    monkeypatch.setattr(rates, "fit", fit)
+    repaired = defenses.build("nad").repair(planted, clean, stream(0, "repair"))
+    assert fits == [
+        *named("teacher", 0.005, 0.01, 0.02, 0.05),
+        *named("distillation", 0.02, 0.01, 0.005),
+    ]
+    assert rates.accuracy(repaired, clean) == 1
 
 
 @pytest.mark.parametrize("name", TRAINS)

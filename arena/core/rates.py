@@ -4,14 +4,18 @@ How much of a backdoor fine-tuning forgets is decided by its rate and by how lon
 and which rate a network bears differs tenfold: on CIFAR-10 0.01 leaves a WRN-16-1 its backdoor
 whole, and NAD's 0.1 wrecks others. The defender sees clean accuracy only, so that decides.
 
-Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), two between, and its fall along
-    a cosine. The search is this arena's; the papers fix a rate per network.
+What a rate costs is counted from the best of the lower ones, not from the model as it came. The
+defender's images are mostly ones that the victim was trained on: what it knew of them by heart goes
+with any fine-tuning, is no loss on other images, and differs from network to network.
+
+Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), two between and one below, and
+    its fall along a cosine. The search is this arena's; the papers fix a rate per network.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,7 +28,7 @@ from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.training import Recipe, accuracy, fit, split
 
-RATES = (0.1, 0.05, 0.02, 0.01)
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
 MOST_HELD = 1000  # images: more tell no more
 _OFTEN = 10.0  # seconds between two looks at them while a copy is trained
 
@@ -41,11 +45,6 @@ class Rung:
     rate: float
     images: Images
     held: Images | None  # None: none are held out, and nothing can decide
-    floor: float = 0.0  # of the accuracy on them; 0: there is no lower rate
-
-    def bears(self, tuned: Classifier) -> bool:
-        """Whether this rate does not cost too much, or there is no other."""
-        return self.held is None or accuracy(tuned, self.held) >= self.floor
 
     def fit(
         self, model: Classifier, plan: Recipe, rng: Generator, *, what: str, **more: Any
@@ -73,32 +72,55 @@ class Rung:
         return look
 
 
-def rungs(
+@dataclass(frozen=True)
+class Borne:
+    """What a rate that costs little has made of the model."""
+
+    rung: Rung
+    tuned: Classifier
+    floor: float  # of the accuracy on the images held out: below it, a rate costs too much
+
+    def bears(self, tuned: Classifier) -> bool:
+        """Whether so much is left in what was made of the model in another way at this rate."""
+        held = self.rung.held
+        return held is None or accuracy(tuned, held) >= self.floor
+
+
+def climb(
     model: Classifier,
     clean: Images,
     rng: Generator,
+    train: Callable[[Rung], Classifier],
     *,
     lr: float | None,
     max_drop: float,
     held_out: float,
-) -> Iterator[Rung]:
-    """RATES from the largest down; whoever iterates stops at the first that the model bears: it
-    costs at most `max_drop` of the accuracy on the images held out. The model may have been trained
-    on these, too: then it loses more on them than on others.
+) -> list[Borne]:
+    """What `train` makes of `model` at RATES from the lowest up, until one costs more than
+    `max_drop` of the accuracy on the images held out, counted from the best. At least the lowest.
 
     lr: this rate alone, on all clean images. Where there is nothing to hold out, nothing can
     decide, and it is the lowest of RATES.
     """
     if lr is not None:
-        yield Rung(lr, clean, None)
-        return
+        rung = Rung(lr, clean, None)
+        return [Borne(rung, train(rung), 0.0)]
     held, tune = split(clean, min(held_out, MOST_HELD / len(clean)), rng)
     if not len(held) or not len(tune):
-        yield Rung(RATES[-1], clean, None)
-        return
-    floor = accuracy(model, held) - max_drop - 1e-9  # the drop itself is within the limit
+        rung = Rung(RATES[0], clean, None)
+        return [Borne(rung, train(rung), 0.0)]
+    borne: list[Borne] = []
+    best = 0.0
     for rate in RATES:
-        yield Rung(rate, tune, held, 0.0 if rate == RATES[-1] else floor)
+        rung = Rung(rate, tune, held)
+        made = train(rung)
+        reached = accuracy(made, held)
+        best = max(best, reached)
+        floor = best - max_drop - 1e-9  # the drop itself is within the limit
+        if reached < floor:
+            break
+        borne.append(Borne(rung, made, floor))
+    return borne
 
 
 def tuned(
@@ -112,14 +134,16 @@ def tuned(
     held_out: float,
     inside: Callable[[Classifier], AbstractContextManager[object]] = nullcontext,
 ) -> Classifier:
-    """A copy of `model`, fine-tuned as `plan` says for the rate that is found as in `rungs`.
+    """A copy of `model`, fine-tuned as `plan` says for the largest rate that `climb` finds borne.
 
     inside: what surrounds the training of a copy, such as a mask.
     """
-    for rung in rungs(model, clean, rng, lr=lr, max_drop=max_drop, held_out=held_out):
-        copy, what = deepcopy(model), f"fine-tuning at {rung.rate:g}"
+
+    def train(rung: Rung) -> Classifier:
+        copy = deepcopy(model)
         with inside(copy):
-            rung.fit(copy, plan(rung.rate), rng, what=what)
-        if rung.bears(copy):
-            break
-    return copy
+            rung.fit(copy, plan(rung.rate), rng, what=f"fine-tuning at {rung.rate:g}")
+        return copy
+
+    borne = climb(model, clean, rng, train, lr=lr, max_drop=max_drop, held_out=held_out)
+    return borne[-1].tuned

@@ -43,13 +43,13 @@ class FinePruning:
     )
     lr: float | None = param(
         None,
-        "first learning rate; none: the largest of 0.1, 0.05, 0.02, 0.01 within tune_drop",
+        "first learning rate; none: the largest of 0.1 to 0.005 within tune_drop",
         above=0,
         source="as finetune; BackdoorBench 0.01",
         under={"smoke": 0.01},
     )
     tune_drop: float = param(
-        0.1, "accuracy that pruning and tuning may cost together, on images held out", low=0, high=1
+        0.03, "accuracy on images held out that a rate may lose to lower ones", low=0, high=1
     )
     tune_held_out: float = param(
         0.2, "share of the clean images, at most 1,000, that chooses the rate", low=0, high=0.99
@@ -82,14 +82,13 @@ class FinePruning:
         before = next(accuracies)
         floor = before - self.max_drop - 1e-9  # the drop itself is within the limit
         kept = list(takewhile(lambda share: share >= floor, accuracies))
-        spent = before - kept[-1] if kept else 0.0
         mask = torch.ones_like(activity)
         mask[order[: len(kept)]] = 0
         fold_mask(pruned, mask)
 
         return tuned(
             pruned, clean, rng, self._plan,
-            lr=self.lr, max_drop=self.tune_drop - spent, held_out=self.tune_held_out,
+            lr=self.lr, max_drop=self.tune_drop, held_out=self.tune_held_out,
             inside=lambda copy: masked(copy, mask),  # no slope: the folded weights stay zero
         )  # fmt: skip
 

@@ -12,7 +12,8 @@ Departs: NAD starts at 0.1 and divides by ten every 2 of 10 epochs; its code tra
     accuracy 87 %, ASR 100 %) is left with 70 and 5 % by the paper's schedule, 78 and 4 % by the
     code's. Along the cosine from 0.05 the ASR was 5 to 68 % after 20 epochs (five draws), 13 %
     after 40 in the draw of the 68, 6 and 8 % after 50, with 82 and 81 %; from 0.1 4 and 3 % after
-    20, with 80 and 79 %; from 0.01 100 %.
+    20, with 80 and 79 %; from 0.01 100 %. Another of the same kind (86 and 100 %) was left with 83
+    and 15 % by 10 epochs from 0.02, which it is given, as in NAD's README (82 and 18 %).
     lr=0.1,epochs=10,decay_every=2 is NAD's own, on all clean images.
     Where the paper is silent the code is followed (Nesterov momentum, black borders and holes).
     The code's holes are of side 3, and its published table used none. Every image alternates
@@ -41,13 +42,13 @@ class FineTune:
     )
     lr: float | None = param(
         None,
-        "first learning rate; none: the largest of 0.1, 0.05, 0.02, 0.01 within max_drop",
+        "first learning rate; none: the largest of 0.1 to 0.005 within max_drop",
         above=0,
         source="NAD 0.1; BackdoorBench 0.01",
         under={"smoke": 0.01},
     )
     max_drop: float = param(
-        0.1, "accuracy that a rate may cost on the held-out images", low=0, high=1
+        0.03, "accuracy on the held-out images that a rate may lose to lower ones", low=0, high=1
     )
     held_out: float = param(
         0.2,

@@ -6,10 +6,11 @@ as a map of length 1) is drawn to the teacher's at the shallow, the middle and t
 level without a map (no places, or a single one: its attention is always 1) is left out.
 
 Source: Li et al. 2021, ICLR, arXiv 2101.05930. Official code: github.com/bboylyg/NAD.
-Departs: the first rate is NAD's 0.1 only where held-out clean images bear it, else 0.05, 0.02 or
-    0.01, and falls along a cosine (as in `finetune`, which says why): on CIFAR-10 with fastnet 0.1
+Departs: the first rate is NAD's 0.1 only where held-out clean images bear it, else one of 0.05 to
+    0.005, and falls along a cosine (as in `finetune`, which says why): on CIFAR-10 with fastnet 0.1
     wrecks the student (validation accuracy 33 % after 4 epochs, from 92), where a WRN-16-1 keeps
-    its backdoor at 0.01. lr=0.1,decay_every=2 and 10 epochs are the paper's. The squared
+    its backdoor at 0.01. A student that loses more than its teacher may is taught anew by the
+    teacher of the next lower rate. lr=0.1,decay_every=2 and 10 epochs are the paper's. The squared
     differences of two maps are summed and divided by the places of the paper's maps (32, 16 and 8 a
     side) instead of the map's own: that is the paper's mean on networks with its sizes, and the
     betas mean the same on others. With the mean over fastnet's 4x4 places the deep term's slope is
@@ -30,7 +31,7 @@ from torch import Generator, Tensor
 from arena.core.contracts import Images, Step
 from arena.core.features import features
 from arena.core.models import LEVELS, Classifier
-from arena.core.rates import Rung, falling, rungs
+from arena.core.rates import Rung, climb, falling
 from arena.core.registry import BadInput, method, param
 from arena.core.training import (
     Recipe,
@@ -67,13 +68,13 @@ class NAD:
     )
     lr: float | None = param(
         None,
-        "first learning rate of both; none: the largest of 0.1, 0.05, 0.02, 0.01 within max_drop",
+        "first learning rate of both; none: the largest of 0.1 to 0.005 within max_drop",
         above=0,
         source="NAD 0.1",
         under={"smoke": 0.01},
     )
     max_drop: float = param(
-        0.1, "accuracy that a rate may cost on the held-out images", low=0, high=1
+        0.03, "accuracy on the held-out images that a rate may lose to lower ones", low=0, high=1
     )
     held_out: float = param(
         0.2,
@@ -105,14 +106,18 @@ class NAD:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
-        rates = rungs(model, clean, rng, lr=self.lr, max_drop=self.max_drop, held_out=self.held_out)
-        for rung in rates:
-            teacher, plan = deepcopy(model), self._plan(self.teacher_epochs, rung.rate)
-            rung.fit(teacher, plan, rng, what=f"teacher at {rung.rate:g}")
-            if not rung.bears(teacher):
-                continue
-            student = self._taught(model, teacher.eval(), rung, rng)
-            if rung.bears(student):
+
+        def teacher(rung: Rung) -> Classifier:
+            copy, plan = deepcopy(model), self._plan(self.teacher_epochs, rung.rate)
+            rung.fit(copy, plan, rng, what=f"teacher at {rung.rate:g}")
+            return copy.eval()
+
+        borne = climb(
+            model, clean, rng, teacher, lr=self.lr, max_drop=self.max_drop, held_out=self.held_out
+        )
+        for found in reversed(borne):
+            student = self._taught(model, found.tuned, found.rung, rng)
+            if found.bears(student):
                 break
         return student
 
