@@ -131,6 +131,34 @@ def test_a_falling_rate_gets_to_its_end(planted, clean):
     assert len(seen) == 60
 
 
+def test_images_have_holes_before_triggers_are_searched_on_them(planted, clean):
+    whole, holed = (count_batches(planted, clean, cutout=side)[0] for side in (0, 9))
+    for plain, cut in zip(whole, holed, strict=True):
+        black = (cut.x == 0).all(1) & (plain.x != 0).any(1)
+        assert (black.sum((1, 2)) >= 5 * 5 - 3).all(), "one that hangs over a corner"
+        assert (black.sum((1, 2)) <= 9 * 9).all()
+
+
+@pytest.mark.parametrize("name", ["moth", "deck", "pairwise", "universal", "pixel"])
+def test_hardening_shows_images_as_fine_tuning_does(planted, clean, monkeypatch, name):
+    """Or else their rows would differ by more than the methods do."""
+    plans: list[training.Recipe] = []
+
+    def note(model, images, plan, *args: object, **more: object):
+        plans.append(plan)
+        return model.eval()
+
+    monkeypatch.setattr(training, "fit", note)
+    for spec in (name, f"{name}:cutout=0"):
+        defenses.build(spec).repair(planted, clean, stream(0, "repair"))
+    usual = defenses.build("finetune")
+    assert [(plan.crop, plan.cutout) for plan in plans] == [
+        (usual.crop, usual.cutout),
+        (usual.crop, 0),
+    ]
+    assert all(plan.flip for plan in plans)
+
+
 def test_a_wide_bound_keeps_the_last_weights(planted, clean):
     _, out = count_batches(planted, clean, updates=20, lr=0.01)
     assert any(

@@ -8,7 +8,8 @@ Source: Tao et al. 2022, S&P, MOTH (Model Orthogonalization), sections IV-B to I
     triggers of its own; PixelBackdoor, appendix L.1, with universal ones.
 Departs: where a class of a batch has too few images for the portion, one of them is stamped. Both
     directions of a pair use equally many images. What training costs is looked at on held-out clean
-    images, and the last weights within the bound are the result.
+    images, and the last weights within the bound are the result. Images have holes where a course
+    says so, which no published code has.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Course:
     schedule: str = "constant"  # of the rate; linear: it falls to nothing
     momentum: float = 0.9
     crop: int = 4  # random shift in pixels
+    cutout: int = 0  # side of the black square in every image, in pixels
 
 
 def hardened(
@@ -123,6 +125,7 @@ def hardened(
         warmup=0.0,
         final_lr=1 - epochs * steps / updates,  # of the last epoch's end: nothing at `updates`
         crop=course.crop,
+        cutout=course.cutout,
         border="zero",
     )
     with suppress(_Enough), ending(what, updates):

@@ -8,7 +8,7 @@ Source: Tao et al., Model hardening against pervasive backdoors, section IV: gen
     zero, and content, ssim, smooth or norm at 0.
 Departs: no code is published, and the paper gives neither passes nor rates of the training: those
     of MOTH, but the weight of the quality losses stays where searches go on, since 200 times as
-    much would leave no trigger. Batches and the accuracy bound as in `moth` here.
+    much would leave no trigger. Batches, their holes and the accuracy bound as in `moth` here.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ class Deck:
         "constant", "how the rate goes: constant; linear, down to nothing",
         choices=("constant", "linear"), under={"fast": "linear"},
     )  # fmt: skip
+    cutout: int = param(
+        9,
+        "side of the black square in every image, in pixels; 0: none",
+        low=0,
+        source="as finetune",
+    )
     max_drop: float = param(
         0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
@@ -112,7 +118,9 @@ class Deck:
             first=self.first, more=self.more, asr=self.asr, portion=self.portion, rise=1.0
         )
         scheduler = hardening.Scheduler(model.spec.classes, self.epsilon)
-        course = hardening.Course(self.updates, self.max_drop, self.batch, self.lr, self.schedule)
+        course = hardening.Course(
+            self.updates, self.max_drop, self.batch, self.lr, self.schedule, cutout=self.cutout
+        )
         return hardening.by_pairs(
             model, clean, rng, family, pace, scheduler, course,
             symmetric=self.symmetric, warm_passes=self.warm_passes,

@@ -5,7 +5,7 @@ MOTH without its scheduler: each pair gets as many batches as the next.
 Source: the baseline of MOTH (Tao et al. 2022, S&P), section V-A and appendix X-A: 100 iterations
     for every pair, with symmetric hardening and reused triggers.
 Departs: no warm-up, whose results only the scheduler reads. The last weights within `max_drop` on
-    held-out images count; else as MOTH.
+    held-out images count; else as MOTH, holes in images included.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ class Pairwise:
         "constant", "how the rate goes: constant; linear, down to nothing",
         choices=("constant", "linear"), under={"fast": "linear"},
     )  # fmt: skip
+    cutout: int = param(
+        9,
+        "side of the black square in every image, in pixels; 0: none",
+        low=0,
+        source="as finetune",
+    )
     max_drop: float = param(
         0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
@@ -79,7 +85,9 @@ class Pairwise:
         )
         updates = self.iterations * (classes * (classes - 1) // 2)
         scheduler = hardening.Scheduler(classes, 0.0, order="turns")
-        course = hardening.Course(updates, self.max_drop, self.batch, self.lr, self.schedule)
+        course = hardening.Course(
+            updates, self.max_drop, self.batch, self.lr, self.schedule, cutout=self.cutout
+        )
         return hardening.by_pairs(
             model, clean, rng, family, pace, scheduler, course, warm_up="none"
         )

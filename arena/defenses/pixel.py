@@ -40,6 +40,12 @@ class Pixel:
         128, "hardening: images per update; a smaller set lowers it", low=2, source="MOTH"
     )
     lr: float = param(1e-3, "hardening: learning rate", above=0, source="MOTH's code")
+    cutout: int = param(
+        9,
+        "side of the black square in every image, in pixels; 0: none",
+        low=0,
+        source="as finetune",
+    )
     max_drop: float = param(
         0.05, "hardening: accuracy that it may cost on held-out clean images", low=0, high=1
     )
@@ -87,5 +93,7 @@ class Pixel:
         self.check(model, clean)
         family = self.wraps["repair"]
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
-        course = hardening.Course(self.updates, self.max_drop, self.batch, self.lr)
+        course = hardening.Course(
+            self.updates, self.max_drop, self.batch, self.lr, cutout=self.cutout
+        )
         return hardening.by_classes(model, clean, rng, family, pace, course)

@@ -7,7 +7,7 @@ Source: the baseline of MOTH (Tao et al. 2022, S&P), section V-A; iterative NC o
     et al. 2022, CVPR), appendix L.1.
 Departs: neither says how often triggers are made or on how many images they are stamped: every
     batch, on half, as in MOTH's warm-up; passes, weights and rates are MOTH's. The last weights
-    within `max_drop` on held-out images count.
+    within `max_drop` on held-out images count. Images have holes as in `moth` here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ class Universal:
     )
     batch: int = param(128, "images per update; a smaller set lowers it", low=2, source="MOTH")
     lr: float = param(1e-3, "learning rate", above=0, source="MOTH's code")
+    cutout: int = param(
+        9,
+        "side of the black square in every image, in pixels; 0: none",
+        low=0,
+        source="as finetune",
+    )
     max_drop: float = param(
         0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
     )
@@ -64,5 +70,7 @@ class Universal:
         self.check(model, clean)
         family = self.wraps["trigger"]
         pace = hardening.Pace(first=self.first, more=self.more, asr=self.asr, portion=self.portion)
-        course = hardening.Course(self.updates, self.max_drop, self.batch, self.lr)
+        course = hardening.Course(
+            self.updates, self.max_drop, self.batch, self.lr, cutout=self.cutout
+        )
         return hardening.by_classes(model, clean, rng, family, pace, course)
