@@ -13,7 +13,7 @@ Departs: NAD starts at 0.1 and divides by ten every 2 of 10 epochs; its code tra
     code's. Along the cosine from 0.05 the ASR was 5 to 68 % after 20 epochs (five draws), 13 %
     after 40 in the draw of the 68, 6 and 8 % after 50, with 82 and 81 %; from 0.1 4 and 3 % after
     20, with 80 and 79 %; from 0.01 100 %. Another of the same kind (86 and 100 %) was left with 83
-    and 15 % by 10 epochs from 0.02, which it is given, as in NAD's README (82 and 18 %).
+    and 15 % by 10 epochs from 0.02, about as in NAD's README (82 and 18 %).
     lr=0.1,epochs=10,decay_every=2 is NAD's own, on all clean images.
     Where the paper is silent the code is followed (Nesterov momentum, black borders and holes).
     The code's holes are of side 3, and its published table used none. Every image alternates
