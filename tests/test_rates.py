@@ -178,6 +178,25 @@ def test_the_largest_rate_that_is_borne_is_taken(
     assert (rates.accuracy(repaired, clean) == 1) is good
 
 
+@pytest.mark.parametrize(("wrecked", "taken"), [(0.02, 0.01), (0.05, 0.02), (1.0, 0.1)])
+def test_what_the_largest_rate_made_is_given_back(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch,
+    wrecked: float, taken: float,
+) -> None:  # fmt: skip
+    wreck = wrecks(wrecked, [])
+
+    def fit(model: Classifier, data: Images, plan: Any, rng: Generator, **more: Any) -> Classifier:
+        with torch.no_grad():
+            model.body.head.bias += plan.lr  # type: ignore[union-attr]
+        done: Classifier = wreck(model, data, plan, rng, **more)
+        return done
+
+    monkeypatch.setattr(rates, "fit", fit)
+    repaired = defenses.build("finetune").repair(planted, clean, stream(0, "repair"))
+    added = repaired.body.head.bias - planted.body.head.bias  # type: ignore[union-attr]
+    assert torch.allclose(added, torch.full_like(added, taken))
+
+
 def test_a_student_that_loses_too_much_is_taught_at_a_lower_rate(
     planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
