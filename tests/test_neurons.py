@@ -180,6 +180,21 @@ def test_neurons_of_every_label_go_first_where_that_is_asked_for():
     assert sorted(few) == [0, 0, 1, 1]
 
 
+def test_a_labels_neurons_are_its_best_and_then_the_deepest_layers():
+    found = some_found()
+    found.elected[:] = torch.tensor([0, 0, 0, 1, 0, 0, 1, 1, 0, 1, 1, 1])
+    found.score[8:] = torch.tensor([1.0, 0.9, 0.8, 0.7])
+
+    def ahead(count):
+        chosen = found.candidates(top=2 * count, first=12, per_layer=4, per_label=count)
+        return {(one.layer, one.channel) for one in chosen if one.label == 0}
+
+    assert ahead(1) == {(0, 0)}
+    assert ahead(2) == {(0, 0), (2, 0)}  # not (0, 1), which leads more
+    assert ahead(3) == {(0, 0), (2, 0), (1, 0)}
+    assert ahead(4) == {(0, 0), (2, 0), (1, 0), (0, 1)}  # no layer is left
+
+
 def test_every_label_has_its_neurons():
     found = some_found()
     ranked = found.ranked(1)

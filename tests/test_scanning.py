@@ -11,7 +11,7 @@ from torch import nn
 
 from arena import scanning
 from arena.core.contracts import Images, Scans
-from arena.core.inversion.engine import Arms, Found, Problem, Search
+from arena.core.inversion.engine import Arms, Found, Problem, Search, stamped
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
 from arena.core.models import Classifier, ModelSpec
@@ -159,10 +159,36 @@ def test_a_search_that_ends_in_a_local_minimum_hides_no_backdoor(monkeypatch, na
         ]
 
     monkeypatch.setattr("arena.core.inversion.scanning.invert", sized)
-    found = defenses.build(name).scan(model_with(0.0), clean(), stream(0, "scan"))
+    found = defenses.build(f"{name}:restarts=3").scan(model_with(0.0), clean(), stream(0, "scan"))
     assert found.target == TARGET
     found = defenses.build(f"{name}:restarts=2").scan(model_with(0.0), clean(), stream(0, "scan"))
     assert found.target is None
+
+
+@pytest.mark.parametrize("cover", [0.01, 0.3, 0.0])
+def test_neural_cleanse_starts_from_masks_that_hardly_show(monkeypatch, cover):
+    given = {}
+
+    def noted(model, family, problems, images, search, *, starts, **_):
+        given.update(family=family, search=search, starts=starts)
+        return [Found(one, 1.0, 1.0, start, 1) for one, start in zip(problems, starts, strict=True)]
+
+    monkeypatch.setattr("arena.core.inversion.scanning.invert", noted)
+    scanner = defenses.build(f"nc:cover={cover},restarts=2")
+    scanner.scan(model_with(0.0), clean(), stream(0, "scan"))
+    assert given["search"].cost > 0
+    assert not given["search"].wait
+    assert len(given["starts"]) == 2 * CLASSES
+    white = torch.ones(1, 3, SIDE, SIDE)
+    for start in given["starts"]:
+        shown = stamped(given["family"], {**start, "pattern": 0 * start["pattern"] - 20}, white)
+        mask = 1 - shown[0]  # a black pattern shows where it covers white
+        if cover:
+            assert mask.sub(cover).abs().max() < 1e-3
+        else:
+            assert 0.2 < mask.std() < 0.4
+    patterns = torch.stack([start["pattern"] for start in given["starts"]])
+    assert len(patterns.unique(dim=0)) == 2 * CLASSES
 
 
 # ----------------------------------------------------------------------------------------- k_arm

@@ -14,7 +14,11 @@ Source: Liu et al. 2019, ABS (Artificial Brain Stimulation), CCS, and its publis
     supplement), with Neural Cleanse's settings (Wang et al. 2019).
 Departs: as in the trigger families `abs` and `abs_filter`. Two neurons of each label go before all
     others: on CIFAR-10 (fastnet_small, a patch) the 20 with the largest lead held none of the
-    target's in one draw of two, since those of three other classes lead more. What is tried on all
+    target's in one draw of two, since those of three other classes lead more. They are the one with
+    the largest lead and the first of the deepest layer: leads of different layers do not compare,
+    and what leads most may be what the class looks like by nature, while the backdoor lies in the
+    deepest layer (on a victim of 15 epochs a patch kept 61.6 % with the two that lead most, 3.7 %
+    with these; validation images, one draw). What is tried on all
     is tried on the whole clean set, however many images triggers are optimised on. The bound was
     set on the authors' models: calibrate it, or `pixels`, on clean models of your own. Repairs
     stamp, of each form, the best trigger of every label above the bound: patches that lead to three
@@ -67,7 +71,10 @@ class ABS:
         under={"smoke": 1},
     )
     per_label: int = param(
-        2, "neurons of each label that go before all others; 0: by lead alone, as published", low=0
+        2,
+        "neurons of each label that go before all others, from several layers; 0: by lead alone, "
+        "as published",
+        low=0,
     )
     steps: int = param(
         1000,

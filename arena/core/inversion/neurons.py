@@ -16,7 +16,6 @@ Departs: where a batch norm stands behind a convolution (of as many channels), i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -65,7 +64,8 @@ class Stimulation:
         self, top: int = 20, first: int = 10, per_layer: int = 3, per_label: int = 0
     ) -> list[Neuron]:
         """Neurons with a label: the `first` best with so many per layer, then the best left; of
-        each label `per_label` go before all others."""
+        each label `per_label` go before all others: its best, then that of the deepest layer, of
+        the next before it, and so on."""
         order = [m for m in self._sorted(self.score) if self.elected[m] >= 0]
         chosen: list[int] = []
         counts = [0] * len(self.layers)
@@ -76,13 +76,24 @@ class Stimulation:
         ahead = set(chosen)
         chosen += [place for place in order if place not in ahead]
         if per_label:
-            turns: dict[int, int] = {}  # which of its label's neurons each is, in that order
-            seen: Counter[int] = Counter()
-            for place in chosen:
-                label = int(self.elected[place])
-                turns[place], seen[label] = seen[label], seen[label] + 1
-            chosen.sort(key=lambda place: turns[place] >= per_label)  # stable
+            ahead = self._spread(chosen, per_label)
+            chosen.sort(key=lambda place: place not in ahead)  # stable
         return [self._neuron(m, int(self.elected[m]), self.score) for m in chosen[:top]]
+
+    def _spread(self, order: Sequence[int], count: int) -> set[int]:
+        """Of neurons in an order, `count` of each label: its first, then its first in the deepest
+        layer, in the next before it, and so on, then the rest."""
+        of_label: dict[int, list[int]] = {}
+        for place in order:
+            of_label.setdefault(int(self.elected[place]), []).append(place)
+        spread: set[int] = set()
+        for own in of_label.values():
+            firsts: dict[int, int] = {}
+            for place in own:
+                firsts.setdefault(int(self.layer[place]), place)
+            deepest = [firsts[layer] for layer in sorted(firsts, reverse=True)]
+            spread.update(list(dict.fromkeys([own[0], *deepest, *own]))[:count])
+        return spread
 
     def ranked(self, label: int) -> list[Neuron]:
         """All neurons for a label: those that elected it by score, the rest by their mean lead."""
