@@ -42,7 +42,7 @@ class Pixel:
     lr: float = param(1e-3, "hardening: learning rate", above=0, source="MOTH's code")
     cutout: int = param(
         9,
-        "side of the black square in every image, in pixels; 0: none",
+        "hardening: side of the black square in every image, in pixels; 0: none",
         low=0,
         source="as finetune",
     )
