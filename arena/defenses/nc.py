@@ -29,7 +29,6 @@ Departs: `samples` images per class searched, not the whole clean set. A search 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
@@ -40,11 +39,11 @@ from torch import Generator
 from arena.core.contracts import ImageMap, Images, Verdict
 from arena.core.inversion import scanning
 from arena.core.inversion.distances import anomalies, smallest_by_target
-from arena.core.inversion.engine import Family, Found, Search, State, stamped
+from arena.core.inversion.engine import Family, Found, Search, stamped
 from arena.core.inversion.families import families
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import check_clean, check_held_out, to_float
+from arena.core.training import check_clean, check_held_out
 from arena.core.unlearning import prune, settings, unlearn
 
 
@@ -63,9 +62,9 @@ class NC:
         20, "passes without a trigger smaller by 1 % that end a search", low=1, source="library"
     )
     restarts: int = param(1, "searches per class, of which the smallest counts", low=1)
-    cover: float = param(
-        0.01, "mask of every pixel that searches start from; 0: noise in [0, 1]", low=0, high=0.5,
-        source="0: library",
+    start: str = param(
+        "faint", "masks that searches start from: faint, 0.01 everywhere; random, noise",
+        choices=("faint", "random"), source="random: library",
     )  # fmt: skip
     threshold: float = param(
         2.0, "anomaly index above which a class is blamed", low=0, source="paper"
@@ -103,7 +102,7 @@ class NC:
     @property
     def wraps(self) -> dict[str, Family]:
         """Whose code counts for what comes out."""
-        return {"trigger": families.build("nc:nudge=0")}
+        return {"trigger": families.build(f"nc:nudge=0,start={self.start}")}
 
     def scan(self, model: Classifier, clean: Images, rng: Generator) -> Verdict:
         check_clean(clean, model)
@@ -146,17 +145,9 @@ class NC:
         """The trigger family, and an answer for every class and restart."""
         family = self.wraps["trigger"]
         search = Search(samples=self.samples, steps=self.steps, asr=self.asr, stall=self.stall)
-
-        def begin(draws: Generator) -> State:
-            at = family.begin(to_float(clean.x[:1].cpu()), draws)
-            if self.cover:
-                at["mask"] = torch.full_like(at["mask"], _free(self.cover))
-            return at
-
         found = scanning.universal_triggers(
-            model, family, clean, search, rng, classes=model.spec.classes, restarts=self.restarts,
-            begin=begin,
-        )  # fmt: skip
+            model, family, clean, search, rng, classes=model.spec.classes, restarts=self.restarts
+        )
         return family, found
 
     def _blamed(
@@ -168,11 +159,6 @@ class NC:
         known = [label for label in order if not index[label].isnan()]
         blamed = [label for label in known if index[label] > self.threshold]
         return blamed or (known[:1] if unflagged == "smallest" else [])
-
-
-def _free(shown: float) -> float:
-    """The family's variable for a mask's value."""
-    return math.atanh((2 * shown - 1) * (1 - 1e-6))
 
 
 def _stamp(family: Family, found: Sequence[Found], target: int) -> ImageMap:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from arena.core.inversion.engine import Family, State
 from arena.core.registry import method, param
 
+_FAINT = 0.01  # a mask that hardly shows; at 0 its slope would be gone
 _WIDTH = 1 + 1e-6  # tanh of finite variables reaches 0 and 1 to within float32's resolution
 
 
@@ -33,8 +34,9 @@ class NC(Family):
 
     start: str = param(
         "random",
-        "random: mask and pattern are noise; centre: a square of 50/224 of the sides is covered",
-        choices=("random", "centre"),
+        "of the mask; random: noise; faint: 0.01 everywhere; centre: faint but for a square of "
+        "50/224 of the sides",
+        choices=("random", "faint", "centre"),
         source="centre: K-arm, for label-specific triggers",
     )
     colours: str = param(
@@ -47,11 +49,12 @@ class NC(Family):
     def begin(self, x: Tensor, rng: Generator) -> State:
         channels, height, width = x.shape[1:]
         mask = torch.rand(1, height, width, generator=rng)
+        if self.start != "random":
+            mask = torch.full_like(mask, _FAINT)
         if self.start == "centre":
             tall, wide = (max(1, round(side * 50 / 224)) for side in (height, width))
             top, left = (height - tall) // 2, (width - wide) // 2
-            mask = torch.full_like(mask, 0.01)
-            mask[:, top : top + tall, left : left + wide] = 0.99
+            mask[:, top : top + tall, left : left + wide] = 1 - _FAINT
         one = self.colours == "one"
         pattern = torch.rand(channels, *((1, 1) if one else (height, width)), generator=rng)
         return {"mask": _free(mask), "pattern": _free(pattern)}

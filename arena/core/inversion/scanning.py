@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 
 from arena.core.contracts import Images, Verdict
 from arena.core.inversion.distances import anomalies, smallest_by_target, universal_problems
-from arena.core.inversion.engine import Family, Found, Search, State, invert, stamped
+from arena.core.inversion.engine import Family, Found, Search, invert, stamped
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput
-from arena.core.seeding import draw_seed, stream
+from arena.core.seeding import draw_seed
 
 
 def universal_triggers(
@@ -24,11 +24,8 @@ def universal_triggers(
     *,
     classes: int,
     restarts: int = 1,
-    begin: Callable[[Generator], State] | None = None,
 ) -> list[Found]:
     """Triggers from all other classes to each, on images of the clean set.
-
-    begin: makes the variables that a search starts from; None: the family does.
 
     Where a class has too few images for the search's samples, fewer are used for all.
     """
@@ -40,12 +37,8 @@ def universal_triggers(
     most = int(counts.min()) * (classes - 1)
     fitting = Search(**{**vars(search), "samples": min(search.samples, most)})
     problems = universal_problems(classes, restarts)
-    seed = draw_seed(rng)
-    starts = None
-    if begin is not None:
-        starts = [begin(stream(seed, "start", one.target, one.restart)) for one in problems]
     return invert(
-        Frozen(model), family, problems, clean, fitting, seed=seed, what="scanning", starts=starts
+        Frozen(model), family, problems, clean, fitting, seed=draw_seed(rng), what="scanning"
     )
 
 
