@@ -71,10 +71,13 @@ def test_progress_is_that_of_the_updates_asked_for(planted, clean):
     told = []
     with progress.listening(lambda *report: told.append(report[:3])):
         count_batches(planted, clean, updates=7, batch=36)  # the third epoch of five batches
-    steps = [done for what, done, total in told if (what, total) == ("hardening", 7)]
-    assert len(steps) == len(told)
-    assert steps == sorted(steps)
-    assert steps[-1] == 7
+    phases = ["training without triggers", "hardening"]
+    assert [what for what, *_ in told] == sorted((what for what, *_ in told), key=phases.index)
+    for phase in phases:
+        steps = [done for what, done, _ in told if what == phase]
+        assert steps == sorted(steps)
+        assert steps[-1] == 7
+    assert all(total == 7 for *_, total in told)
 
 
 def test_no_update_sees_a_held_out_image(planted, clean):
@@ -152,11 +155,60 @@ def test_hardening_shows_images_as_fine_tuning_does(planted, clean, monkeypatch,
     for spec in (name, f"{name}:cutout=0"):
         defenses.build(spec).repair(planted, clean, stream(0, "repair"))
     usual = defenses.build("finetune")
-    assert [(plan.crop, plan.cutout) for plan in plans] == [
-        (usual.crop, usual.cutout),
-        (usual.crop, 0),
-    ]
+    holed, whole = (usual.crop, usual.cutout), (usual.crop, 0)
+    assert [(plan.crop, plan.cutout) for plan in plans] == [holed, holed, whole, whole]
     assert all(plan.flip for plan in plans)
+
+
+def learned_by_heart(monkeypatch, plain: float, stamped: float) -> None:
+    """Accuracies on images held out: 0.9 of a model as it came, then those of the two trainings."""
+    told = iter([0.9, plain])
+    monkeypatch.setattr(training, "accuracy", lambda *_: next(told, stamped))
+
+
+@pytest.mark.parametrize(
+    ("plain", "stamped", "kept"),
+    [
+        (0.9, 0.85, True),
+        (0.9, 0.84, False),
+        (0.83, 0.78, True),  # what any training loses does not count
+        (0.83, 0.77, False),
+        (0.99, 0.85, True),  # nor does what another training would gain
+        (0.5, 0.75, True),  # but one that ruins the model is no yardstick
+        (0.5, 0.74, False),
+    ],
+)
+def test_costs_are_counted_from_the_training_without_triggers(
+    planted, clean, monkeypatch, plain, stamped, kept
+):
+    learned_by_heart(monkeypatch, plain, stamped)
+    _, out = count_batches(planted, clean, updates=20, lr=0.01, max_drop=0.05)
+    as_it_came = [
+        torch.equal(value, planted.state_dict()[name]) for name, value in out.state_dict().items()
+    ]
+    assert all(as_it_came) != kept
+
+
+def test_the_training_without_triggers_sees_the_same_batches(planted, clean, monkeypatch):
+    """And moves nothing of what the other draws."""
+    shown: list[list[Tensor]] = []
+    usual = training.fit
+
+    def watched(model, images, plan, rng, *, on_batch, **more):
+        shown.append([])
+
+        def look(images, draws):
+            changed = on_batch(images, draws)
+            shown[-1].append(changed.x)
+            return changed
+
+        return usual(model, images, plan, rng, on_batch=look, **more)
+
+    monkeypatch.setattr(training, "fit", watched)
+    count_batches(planted, clean, updates=9, batch=36, crop=2, cutout=9)
+    plain, stamped = shown
+    assert len(plain) == len(stamped) == 9
+    assert all(torch.equal(one, two) for one, two in zip(plain, stamped, strict=True))
 
 
 def test_a_wide_bound_keeps_the_last_weights(planted, clean):

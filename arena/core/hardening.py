@@ -7,9 +7,10 @@ Source: Tao et al. 2022, S&P, MOTH (Model Orthogonalization), sections IV-B to I
     published code: rates, passes, portions, weights on sizes, scheduler. DECK hardens alike with
     triggers of its own; PixelBackdoor, appendix L.1, with universal ones.
 Departs: where a class of a batch has too few images for the portion, one of them is stamped. Both
-    directions of a pair use equally many images. What training costs is looked at on held-out clean
-    images, and the last weights within the bound are the result. Images have holes where a course
-    says so, which no published code has.
+    directions of a pair use equally many images. What hardening costs is looked at on held-out
+    clean images and counted from the same training without triggers, since the victim knew most of
+    these images by heart, which any training loses; the last weights within the bound are the
+    result. Images have holes where a course says so, which no published code has.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from arena.core.progress import ending, report
 from arena.core.seeding import draw_seed
 
 _SHARE, _HELD_OUT = 0.1, 1000  # of the clean images decide when to stop, and at most so many
+_BY_HEART = 0.1  # of their accuracy, at most: lost with any training, since these were trained on
 _LOOK = 10  # updates between two looks at them
 _FADE = 1000  # batches over which the scheduler comes to trust what it saw
 _PATIENCE = 5  # looks in a row beyond the bound that end the training
@@ -62,7 +64,7 @@ class Course:
     """How a model is trained on: how long, how fast, and what that may cost."""
 
     updates: int  # batches
-    max_drop: float  # accuracy on held-out images that the training may cost, in [0, 1]
+    max_drop: float  # accuracy on held-out images that the triggers may cost, in [0, 1]
     batch: int = 128  # images per update; a smaller set lowers it
     lr: float = 1e-3
     schedule: str = "constant"  # of the rate; linear: it falls to nothing
@@ -88,11 +90,11 @@ def hardened(
     check(model, clean, what)
     held, tune = training.split(clean, _held_out(clean), rng)
     size, updates = min(course.batch, len(tune)), course.updates
-    steps = len(tune) // size
-    epochs = -(-(updates + 1) // steps)  # one update more, which ends it
-    falls = course.schedule == "linear"
+    plan = _plan(course, size, len(tune) // size)
     model = deepcopy(model).eval()
-    floor = training.accuracy(model, held) - course.max_drop
+    plain = _without_triggers(model, tune, plan, updates, rng)
+    before, without = (training.accuracy(one, held) for one in (model, plain))
+    floor = min(before, max(without, before - _BY_HEART)) - course.max_drop
     best, made, beyond = deepcopy(model.state_dict()), 0, 0
     stamp = stamp_for(model, tune)
 
@@ -109,30 +111,56 @@ def hardened(
         nonlocal made
         if made and made % _LOOK == 0:
             look()
-        if made == updates or (beyond >= _PATIENCE and not falls):
+        if made == updates or (beyond >= _PATIENCE and course.schedule == "constant"):
             raise _Enough  # a rate that falls may bring the accuracy back
         made += 1
         return stamp(images, draws)
 
-    plan = training.Recipe(
+    with suppress(_Enough), ending(what, updates):
+        training.fit(model, tune, plan, rng, on_batch=hook, what=what)
+    look()
+    model.load_state_dict(best)
+    return model.eval()
+
+
+def _plan(course: Course, batch: int, steps: int) -> training.Recipe:
+    """The course's training, of epochs of `steps` batches; a hook ends it."""
+    epochs = -(-(course.updates + 1) // steps)  # one update more, which ends it
+    falls = course.schedule == "linear"
+    return training.Recipe(
         epochs=epochs,
-        batch=size,
+        batch=batch,
         lr=course.lr,
         momentum=course.momentum,
         weight_decay=0.0,
         label_smoothing=0.0,
         schedule="triangle" if falls else "constant",
         warmup=0.0,
-        final_lr=1 - epochs * steps / updates,  # of the last epoch's end: nothing at `updates`
+        final_lr=1 - epochs * steps / course.updates,  # of the last epoch's end: 0 at `updates`
         crop=course.crop,
         cutout=course.cutout,
         border="zero",
     )
+
+
+def _without_triggers(
+    model: Classifier, tune: Images, plan: training.Recipe, updates: int, rng: Generator
+) -> Classifier:
+    """A copy of `model` after the same updates, on the same batches; `rng` stays where it was."""
+    same = Generator(rng.device)
+    same.set_state(rng.get_state())
+    plain, made, what = deepcopy(model), 0, "training without triggers"
+
+    def hook(images: Images, _: Generator) -> Images:
+        nonlocal made
+        if made == updates:
+            raise _Enough
+        made += 1
+        return images
+
     with suppress(_Enough), ending(what, updates):
-        training.fit(model, tune, plan, rng, on_batch=hook, what=what)
-    look()
-    model.load_state_dict(best)
-    return model.eval()
+        training.fit(plain, tune, plan, same, on_batch=hook, what=what)
+    return plain.eval()
 
 
 # ------------------------------------------------------------------------------------ the triggers

@@ -10,12 +10,13 @@ Source: Tao et al. 2022, S&P, Model Orthogonalization, section IV and algorithm 
 Departs: `updates` counts batches, of which the paper needs about 800, where the code makes two
     passes over 48,000 images: of 5 % of them two passes make 7 rounds, for 45 pairs. The paper
     stops at an accuracy drop, the code never; here the last weights within `max_drop` on held-out
-    images count. Those were the victim's training images, so that it loses more on them than
-    elsewhere: 2.9 points where validation images show 1.5 (fastnet_small, blend). Batches are
-    shifted and mirrored as in the training of its models, and have holes (`cutout`) as in that of
-    `finetune`, which the code has not: on a small clean set the training forgets more with them (of
-    sig, without any trigger, 4 % is left instead of 41). Batch norm learns on, as in its first
-    code; its PyTorch version freezes it.
+    images count. Those were the victim's training images, of which it loses with any training what
+    it knew by heart (2.9 points where validation images show 1.5: fastnet_small, blend), so that
+    the drop is counted from the same updates without triggers. Batches are shifted and mirrored as
+    in the training of its models, and have holes (`cutout`) as in that of `finetune`, which the
+    code has not: on a small clean set the training forgets more with them (of sig, without any
+    trigger, 4 % is left instead of 41). Batch norm learns on, as in its first code; its PyTorch
+    version freezes it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ class Moth:
         source="as finetune",
     )
     max_drop: float = param(
-        0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
+        0.05,
+        "accuracy on held-out clean images that triggers may cost beyond training without them",
+        low=0,
+        high=1,
     )
     symmetric: bool = param(True, "both directions of a pair at once", source="MOTH, section IV-B")
     reuse: bool = param(

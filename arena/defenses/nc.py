@@ -33,7 +33,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 
-import torch
 from torch import Generator
 
 from arena.core.contracts import ImageMap, Images, Verdict

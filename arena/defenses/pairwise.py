@@ -42,7 +42,10 @@ class Pairwise:
         source="as finetune",
     )
     max_drop: float = param(
-        0.05, "accuracy that hardening may cost on held-out clean images", low=0, high=1
+        0.05,
+        "accuracy on held-out clean images that triggers may cost beyond training without them",
+        low=0,
+        high=1,
     )
     first: int = param(
         200,

@@ -47,7 +47,11 @@ class Pixel:
         source="as finetune",
     )
     max_drop: float = param(
-        0.05, "hardening: accuracy that it may cost on held-out clean images", low=0, high=1
+        0.05,
+        "hardening: accuracy on held-out clean images that triggers may cost beyond training "
+        "without them",
+        low=0,
+        high=1,
     )
     first: int = param(
         200,
