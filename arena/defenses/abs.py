@@ -84,7 +84,7 @@ class ABS:
         under={"fast": 500, "smoke": 10},
     )
     filter_steps: int | None = param(
-        None, "those for a filter; none: as many", low=1, under={"fast": 1000}
+        None, "those for a filter; none: as many", low=1, under={"fast": 1000, "smoke": 10}
     )
     samples: int = param(
         90, "clean images used; triggers are optimised on a third", low=3, under={"smoke": 18}
