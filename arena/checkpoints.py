@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2's names, as torch maps them
 from collections.abc import Iterator, Mapping
@@ -45,12 +46,14 @@ class _StandIn:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Named tensors of a checkpoint: safetensors, or torch's format. Raises BadInput.
+    """Named tensors of a checkpoint: safetensors, or torch's format, or a folder with a model.pt of
+    that. Raises BadInput.
 
     They may be under a usual name (state_dict, model, net, netC …), under the only name that has
     any, or those of a pickled model, whose code is not needed. Prefixes that data parallel and
     compiled networks put in front are taken away.
     """
+    file = file / "model.pt" if file.is_dir() else file  # as TrojAI's are
     if not file.is_file():
         raise BadInput(f"There is no file {str(file)!r}.")
     try:
@@ -103,11 +106,13 @@ def _shortened(name: str) -> str:
 
 
 def _restricted(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # it names what torch does not know
-        with safe_globals([(_StandIn, name) for name in _named(file)]):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of formats: what cannot be read is told in a sentence
+        try:
             return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # it names what torch does not know
+            with safe_globals([(_StandIn, name) for name in _named(file)]):
+                return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _named(file: Path) -> set[str]:

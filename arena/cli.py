@@ -670,6 +670,7 @@ def distance(
     from arena.gallery import heat_map
     from arena.store import write_atomically
 
+    allowed = _allowed(memory)
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
     opened, subject = _subject(
         cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle, labels
@@ -687,7 +688,7 @@ def distance(
             subject, question, pairs, opened,
             baseline=other,
             device=_device(device),
-            memory=None if memory is None else memory * 1e9,
+            memory=allowed,
         )  # fmt: skip
     title = f"{found['method']} distances of {subject.name}"
     name = f"distance-{subject.digest[:12]}-{method.partition(':')[0]}.png"
@@ -741,6 +742,7 @@ def invert(
     from arena.gallery import figure
     from arena.store import save_tensors, write_atomically
 
+    allowed = _allowed(memory)
     question = inverting.Question(method, restarts, samples, steps, asr, seed, split, stall)
     opened, subject = _subject(
         cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle, labels
@@ -753,7 +755,7 @@ def invert(
             subject, question, victim, target, opened,
             prune_to=prune_to or (),
             device=_device(device),
-            memory=None if memory is None else memory * 1e9,
+            memory=allowed,
         )  # fmt: skip
     names = subject.data.classes
     name = f"invert-{subject.digest[:12]}-{method.partition(':')[0]}-{victim}-{target}"
@@ -936,6 +938,15 @@ def _named(dataset: str | None, images: Path | None) -> str | None:
     return f"imagefolder:{images}"
 
 
+def _allowed(memory: float | None) -> float | None:
+    """Bytes of GB that a search may take. Raises BadInput."""
+    if memory is None:
+        return None
+    if not 0 < memory < float("inf"):
+        raise BadInput(f"--memory must be a number of GB above 0, got {memory:g}.")
+    return memory * 1e9
+
+
 def _share(given: float | None, checkpoint: Path | None, dataset: str | None) -> float:
     """The share of clean images: of somebody's own folder all are meant to be used."""
     if given is not None:
@@ -973,7 +984,8 @@ def _subject(
     if dataset is None or (model is None and not trust_pickle and checkpoint.is_file()):
         raise BadInput(
             "--checkpoint needs --model NAME and -d DATASET or --images FOLDER, which the file "
-            "cannot say; a whole pickled model needs --trust-pickle in the model's place."
+            "cannot say; a whole pickled model runs its maker's code when it is read and needs "
+            "--trust-pickle in the model's place."
         )
     opened = Store(store or Path("runs") / "adhoc")
     if labels == "model":

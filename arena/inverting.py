@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arena.core import training
+from arena.core.contracts import Images
 from arena.core.inversion import codec as codecs
 from arena.core.inversion import distances as measures
 from arena.core.inversion.engine import (
@@ -25,6 +26,7 @@ from arena.core.inversion.engine import (
     Found,
     Problem,
     Search,
+    check_images,
     invert,
     rows_of,
     stamped,
@@ -129,6 +131,8 @@ def answers(
 ) -> tuple[list[Found], float]:
     """The engine's answers and the seconds that they took. Raises BadInput."""
     family, search = question.family, question.search
+    images = getattr(subject.data, question.split)
+    check_images(family, problems, images, search.samples, question.seed)
     key = digest(
         {
             "kind": "inversion",
@@ -139,7 +143,7 @@ def answers(
             "search": dataclasses.asdict(search),
             "problems": [dataclasses.astuple(problem) for problem in problems],
             "seed": question.seed,
-            "bf16": Frozen(subject.model).dtype == torch.bfloat16,
+            "bf16": training.has_bf16(torch.device(device)),
         }
     )
     store.create()
@@ -153,7 +157,7 @@ def answers(
                 Frozen(subject.model.to(device)),
                 family,
                 problems,
-                getattr(subject.data, question.split),
+                images,
                 search,
                 seed=question.seed,
                 memory=memory,
@@ -175,7 +179,6 @@ def answers(
         own = f"{place}."
         trigger = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
         found.append(Found(problems[place], size, asr, trigger, steps))
-    images = getattr(subject.data, question.split)
     told = retold(found, family, images, question.samples, question.seed)
     return told, float(kept.meta["seconds"])
 
@@ -197,6 +200,11 @@ def class_distances(
     classes = subject.data.num_classes
     chosen = measures.parse_pairs(pairs, classes, question.seed)
     problems = measures.problems_of(chosen, question.restarts)
+    if baseline is not None and baseline.data.fingerprint != subject.data.fingerprint:
+        raise BadInput(
+            f"The baseline is of {baseline.data.name}, the model of {subject.data.name}; "
+            "distances compare on one data set."
+        )
     found, seconds = answers(subject, question, problems, store, device=device, memory=memory)
     matrix = measures.distances(found, classes)
     family = question.family
@@ -226,11 +234,6 @@ def class_distances(
         "seconds": seconds,
     }
     if baseline is not None:
-        if baseline.data.fingerprint != subject.data.fingerprint:
-            raise BadInput(
-                f"The baseline is of {baseline.data.name.partition(':')[0]}, the model of "
-                f"{subject.data.name.partition(':')[0]}; distances compare on one data set."
-            )
         old, more = answers(baseline, question, problems, store, device=device, memory=memory)
         before = measures.distances(old, classes)
         out["baseline"] = {"model": baseline.name, "mean": before.mean, "seconds": more}
@@ -302,12 +305,11 @@ def inverted(
         if not 1 <= count <= pixels:
             raise BadInput(f"--prune-to must be 1 to {pixels} pixels, got {count}.")
     problems = [Problem(victim, target, restart) for restart in range(question.restarts)]
+    own = _unseen(subject.data.test, question, problems[0])
     found, seconds = answers(subject, question, problems, store, device=device, memory=memory)
-    known = [one for one in found if one.size]
-    best = min(known, key=lambda one: one.size or 0.0) if known else max(found, key=_success)
-    family, test = question.family, subject.data.test
-    rows = (test.y == victim if victim is not None else test.y != target).nonzero().flatten()
-    own = test.take(rows)
+    smallest = measures.smallest(found)
+    best = smallest or max(found, key=_success)
+    family = question.family
     x = training.to_float(own.x)
     shown = _levels(torch.cat([stamped(family, best.trigger, part) for part in x.split(500)]))
     change = (shown - x).abs()
@@ -323,7 +325,7 @@ def inverted(
         "method": short_spec(family),
         "victim": victim,
         "target": target,
-        "reached": bool(known),
+        "reached": smallest is not None,
         "size": best.size,
         "unit": family.unit,
         "asr": best.asr,
@@ -337,6 +339,10 @@ def inverted(
         "pruned": {f"{count}": success(pruned(x, shown, count)) for count in prune_to},
         "restarts": question.restarts,
         "samples": question.samples,
+        "split": question.split,
+        "steps": question.search.steps,
+        "stall": question.search.stall,
+        "asked_asr": question.search.asr,
         "seed": question.seed,
         "seconds": seconds,
     }
@@ -346,6 +352,20 @@ def inverted(
     )
     plain, triggered = ((images[few] * 255).round().to(torch.uint8) for images in (x, shown))
     return Inverted(facts, dict(best.trigger), plain, triggered, own.y[few], both)
+
+
+def _unseen(test: Images, question: Question, problem: Problem) -> Images:
+    """The test images that a problem's trigger is tried on: none that it is searched on."""
+    y, victim = test.y.cpu(), problem.victim
+    others = y == victim if victim is not None else y != problem.target
+    if question.split == "test":
+        others[rows_of(problem, y, question.samples, question.seed)] = False
+    if not others.any():
+        raise BadInput(
+            "No test image is left to try the trigger on that it is not searched on; lower "
+            "--samples or use --split val."
+        )
+    return test.take(others.nonzero().flatten())
 
 
 def _success(one: Found) -> float:

@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from arena.core.contracts import Images
 from arena.core.inversion.codec import WIDTH, Codec, train_codec
-from arena.core.inversion.engine import Problem, invert, stamped
+from arena.core.inversion.engine import Problem, check_images, invert, stamped
 from arena.core.inversion.frozen import Frozen
 from arena.core.metrics import similarity
+from arena.core.registry import BadInput
 from arena.core.seeding import stream
 from arena.inversions import deck
 from arena.inversions.deck import Deck
+from arena.inversions.nc import NC
 
 SIDE = toys.SIDE
 
@@ -185,6 +187,13 @@ def test_a_trigger_is_found_where_a_colour_decides():
     assert found.size is not None
     again = invert(frozen, Deck(), [Problem(2, 0), Problem(1, 2)], images, search)[1]
     assert again.size == pytest.approx(found.size, rel=0.03)  # kernels round by the batch's size
+
+
+def test_images_of_other_channels_are_refused():
+    grey = Images(torch.zeros(6, 1, SIDE, SIDE, dtype=torch.uint8), torch.arange(6) % 2)
+    with pytest.raises(BadInput, match="takes images of 3 channels, these have 1"):
+        check_images(Deck(), [Problem(0, 1)], grey, samples=2)
+    check_images(NC(), [Problem(0, 1)], grey, samples=2)
 
 
 def test_noise_is_drawn_once_per_trigger():

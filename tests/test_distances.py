@@ -13,6 +13,7 @@ from arena.core.inversion.distances import (
     improvement,
     parse_pairs,
     problems_of,
+    smallest,
     smallest_by_target,
     universal_problems,
 )
@@ -53,6 +54,14 @@ def test_pairs_that_are_none(text, message):
 def test_problems_of_pairs_and_of_targets():
     assert problems_of([(0, 1)], 2) == [Problem(0, 1, 0), Problem(0, 1, 1)]
     assert universal_problems(2, 1) == [Problem(None, 0), Problem(None, 1)]
+
+
+def test_of_triggers_of_one_size_the_most_successful_is_the_smallest():
+    """As of a family that is bounded: all its triggers are as large as may be."""
+    found = [answer(0, 1, size, asr=asr) for size, asr in [(4.0, 0.4), (4.0 + 1e-8, 0.9), (5, 1)]]
+    assert smallest(found).asr == 0.9
+    assert smallest([*found, answer(0, 1, 3.9, asr=0.3), answer(0, 1, 0.0)]).asr == 0.3
+    assert smallest([answer(0, 1, None), answer(0, 1, 0.0)]) is None
 
 
 def test_a_distance_is_the_smallest_that_is_not_zero():

@@ -307,11 +307,52 @@ def test_memory_says_how_many_go_at_once(frozen, images):
     leaves = {"mask": one["free.mask"].requires_grad_(), "pattern": one["free.pattern"]}
     leaves["pattern"].requires_grad_()
     x = images.x[one["rows"][:, :6]] / 255
-    part = saved_bytes(lambda: run._losses(one, leaves, x), frozen)
+    part = engine._WORKING * saved_bytes(lambda: run._losses(one, leaves, x), frozen)
     part += 2 * sum(v.numel() * v.element_size() for v in one.values())
     assert run._room(5.5 * part) == 5
     with pytest.raises(BadInput, match=r"One problem needs about \d MiB"):
         run._room(0.5 * part)
+
+
+@pytest.mark.parametrize("fewer", [1, 2])
+def test_a_run_that_goes_on_in_less_memory_keeps_to_it(separate, images, monkeypatch, fewer):
+    """More problems are under way than now fit; the answers are the same."""
+    whole = invert(separate, NC(), ALL, images, QUICK, slots=4)
+    monkeypatch.setattr(engine, "_SAVE", -1.0)
+    kept = Kept(1)
+    with pytest.raises(Stopped):
+        invert(separate, NC(), ALL, images, QUICK, slots=4, checkpoint=kept)
+    assert len(kept.state["index"]) == 4
+    advance, at_once = engine._Run._advance, []
+    monkeypatch.setattr(
+        engine._Run,
+        "_advance",
+        lambda run, state: (at_once.append(len(state["passes"])), advance(run, state)),
+    )
+    resumed = invert(separate, NC(), ALL, images, QUICK, slots=fewer, checkpoint=kept)
+    assert max(at_once) == fewer
+    for one, two in zip(whole, resumed, strict=True):
+        same(one, two)
+
+
+def test_arms_advance_in_parts_that_fit(frozen, images, monkeypatch):
+    def sizes(at_once: int) -> list[float]:
+        monkeypatch.setattr(engine._Run, "_room", lambda run, memory: at_once)
+        arms = engine.Arms(frozen, NC(), ALL[:5], images, QUICK, seed=0)
+        advance, most = engine._Run._advance, []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                engine._Run,
+                "_advance",
+                lambda run, state: (most.append(len(state["passes"])), advance(run, state)),
+            )
+            for _ in range(12):
+                arms.advance([0, 2, 3, 4])
+        assert max(most) == min(at_once, 4)
+        assert arms.passes() == [12, 0, 12, 12, 12]
+        return arms.sizes()
+
+    assert sizes(3) == pytest.approx(sizes(9))
 
 
 # ------------------------------------------------------------------------------------ the families

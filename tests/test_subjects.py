@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import arena, assert_refused
 
-from arena import subjects
+from arena import inverting, subjects
 from arena.core import models
 from arena.core.inversion import codec
 from arena.core.inversion.codec import Codec
@@ -102,6 +102,17 @@ def test_the_improvement_over_a_baseline(store, cells):
         if found["distances"][s][t] is not None and other["distances"][s][t] is not None
     ]
     assert found["improvement"] == pytest.approx(sum(ratios) / len(ratios))
+
+
+def test_a_baseline_of_other_data_is_refused_before_anything_is_searched(
+    store, cells, tmp_path, network, monkeypatch
+):
+    file = tmp_path / "other.pt"
+    torch.save(network.body.state_dict(), file)
+    monkeypatch.setattr(inverting, "answers", lambda *_, **__: pytest.fail("searched"))
+    given = ("--checkpoint", file, "--model", "fastnet_small", "-d", "signs:size=420,classes=5")
+    answer = arena("distance", *given, "--baseline", cells["none"], "--store", store, *FEW)
+    assert_refused(answer, "distances compare on one data set")
 
 
 def test_pairs_without_a_trigger_are_no_distance(store, cells):
@@ -273,6 +284,36 @@ def test_a_trigger_as_picture_and_numbers(store, cells, tmp_path):
 def test_triggers_that_cannot_be(store, cells, words, told):
     answer = arena("invert", cells["none"], *words, "--store", store, "--device", "cpu")
     assert_refused(answer, told)
+
+
+def test_a_trigger_is_tried_on_no_image_that_it_was_searched_on(store, cells):
+    words = ("invert", cells["none"], "-t", 0, "-v", 1, "--store", store, "--device", "cpu")
+    words += ("--steps", 2, "--restarts", 1, "--json")
+    unseen, held = (
+        json.loads(arena(*words, "--samples", count, "--split", split).out)
+        for count, split in ((5, "val"), (5, "test"))
+    )
+    assert held["test_images"] == unseen["test_images"] - 5
+    assert (unseen["split"], held["split"], held["steps"]) == ("val", "test", 2)
+    answer = arena(*words, "--samples", unseen["test_images"], "--split", "test")
+    assert_refused(answer, "No test image is left")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("distance", "--samples", 9999, "--pairs", "0:1"), "but 9999 are asked for"),
+        (("invert", "-t", 1, "-v", 1), "are both class 1"),
+        (("distance", "--memory", "nan"), "--memory must be"),
+        (("invert", "-t", 1, "--memory", -1), "--memory must be"),
+    ],
+)
+def test_what_cannot_be_searched_leaves_no_store(tmp_path, network, words, told):
+    save_file(network.state_dict(), tmp_path / "net.safetensors")
+    given = ("--checkpoint", tmp_path / "net.safetensors", "--model", "fastnet_small")
+    given += ("-d", "signs:size=400,classes=5", "--device", "cpu", "--store", tmp_path / "new")
+    assert_refused(arena(words[0], *given, *words[1:]), told)
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_left_of_a_pruned_trigger():

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from torch import Generator, Tensor, nn
 
 from arena.core.contracts import Fit, Images, Poisoned, Trigger
+from arena.core.inversion.distances import smallest
 from arena.core.inversion.engine import Family, Problem, invert, stamped
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
@@ -93,10 +94,7 @@ class Natural:
         search = replace(family.usual, samples=self.samples, steps=steps)
         problems = [Problem(self.victim, self.target, restart) for restart in range(self.restarts)]
         found = invert(Frozen(model), family, problems, poisoned.data, search, seed=draw_seed(rng))
-        known = [one for one in found if one.size]
-        best = max(found, key=lambda one: one.asr)
-        if known:
-            best = min(known, key=lambda one: one.size or 0.0)
+        best = smallest(found) or max(found, key=lambda one: one.asr)
         return model, Trigger(Own(family, best.trigger))
 
 

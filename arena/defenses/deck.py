@@ -113,6 +113,7 @@ class Deck:
 
     def check(self, model: Classifier, clean: Images) -> None:
         hardening.check(model, clean, "deck")
+        self.wraps["trigger"].check(model.spec.shape)
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)

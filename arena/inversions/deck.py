@@ -35,7 +35,7 @@ from arena.core import training
 from arena.core.inversion.codec import WIDTH, Codec, Upsampling, of_file, shipped
 from arena.core.inversion.engine import Family, Search, State
 from arena.core.metrics import similarity
-from arena.core.registry import method, param
+from arena.core.registry import BadInput, method, param
 
 _NOISE = 1e-3  # of the start; at ten times as much a clean fastnet is right on half of the images
 
@@ -82,6 +82,13 @@ class Deck(Family):
         if self.file is not None:
             return of_file(Path(self.file).expanduser(), _how(self.decoder))
         return shipped(self.encoder, _how(self.decoder))
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        if (wanted := len(self.codec.encoder.mean)) != shape[0]:
+            raise BadInput(
+                f"deck's encoder takes images of {wanted} channels, these have {shape[0]}; train "
+                "one on images like these with tools/make_codec.py, and name its file."
+            )
 
     @property
     def seen_by(self) -> str:

@@ -26,7 +26,7 @@ from arena.core.inversion.distances import (
     parse_pairs,
     problems_of,
 )
-from arena.core.inversion.engine import Family, Search, invert, rows_of
+from arena.core.inversion.engine import Family, Search, check_images, invert
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
 from arena.core.inversion.perceived import retold
@@ -82,8 +82,9 @@ class ClassDistance:
         return parse_pairs("all" if few else self.pairs, classes, seed)
 
     def check(self, val: Images, test: Images, classes: int, seed: int) -> None:
-        for problem in problems_of(self.chosen(classes, seed), 1):
-            rows_of(problem, val.y, self.samples, seed)
+        check_images(
+            self.family, problems_of(self.chosen(classes, seed), 1), val, self.samples, seed
+        )
 
     def passes(self, classes: int) -> float:
         return 3.0 * len(self.chosen(classes, 0)) * self.restarts * self.search.steps * self.samples

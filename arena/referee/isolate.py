@@ -477,6 +477,8 @@ def explain(error: BaseException) -> str:
     name = type(error).__name__
     if name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in first:
         return f"out of memory: {first}" if first else "out of memory"
+    if name == "BadInput" and first:  # a sentence for users already
+        return first
     return f"{name}: {first}" if first else name
 
 

@@ -17,7 +17,9 @@ Departs: the encoder is the first block of a small network trained on the data a
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import cache
 from itertools import chain
@@ -254,7 +256,8 @@ def vgg_encoder(name: str) -> Encoder:
     if name not in _VGGS:
         raise BadInput(f"torchvision:{name} has no such first block; {nearest(name, _VGGS)}")
     try:
-        features = models.get_model(name, weights="IMAGENET1K_V1").features
+        with redirect_stdout(sys.stderr):  # where torch tells what it downloads
+            features = models.get_model(name, weights="IMAGENET1K_V1").features
     except OSError as error:
         raise BadInput(
             f"The weights of torchvision's {name} cannot be had ({error}); use the shipped encoder."

@@ -21,6 +21,7 @@ from arena.core.registry import BadInput
 from arena.core.seeding import stream
 
 ANOMALY = 2.0  # index from which a class counts as a backdoor's target
+_ALIKE = 1e-6  # relative difference of sizes that only rounding tells apart
 _CONSISTENT = 1.4826  # makes the MAD of normal numbers their deviation
 Pair = tuple[int, int]  # victim, target
 
@@ -90,11 +91,28 @@ def distances(found: Sequence[Found], classes: int) -> Distances:
         if not known:
             unreached.append(pair)
             continue
-        best = min(known, key=lambda answer: answer.size or 0.0)
+        best = smallest(known)
+        assert best is not None
         size[pair], asr[pair] = best.size or 0.0, best.asr
         if len(known) > 1:
             spread[pair] = torch.tensor([a.size for a in known], dtype=torch.float64).std()
     return Distances(size, spread, asr, unreached)
+
+
+def smallest(found: Sequence[Found]) -> Found | None:
+    """The answer of the smallest trigger, of equal ones the most successful; None without any.
+
+    A size of zero is no trigger. Those of families that are bounded instead are all alike.
+    """
+    known = [(answer.size, answer) for answer in found if answer.size]
+    if not known:
+        return None
+    least = min(size for size, _ in known)
+    return max((one for size, one in known if size <= least * (1 + _ALIKE)), key=_success)
+
+
+def _success(answer: Found) -> float:
+    return answer.asr
 
 
 def _by_pair(found: Sequence[Found]) -> dict[Pair, list[Found]]:

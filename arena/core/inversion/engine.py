@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -41,8 +41,12 @@ State = dict[str, Tensor]  # name -> (K, …): of each of K problems
 _ORDERS = 16  # orders of its images that a problem goes through in turn
 _NUDGES = 8  # draws of noise around a best trigger that a problem goes through in turn
 _LOOK = 10  # passes between two looks at who has ended: each look waits for the device
+_SHARE = 0.9  # of a GPU's free memory is used
 _SAVE = 30.0  # seconds between two checkpoints
 _CPU_IMAGES = 300  # images in flight on a CPU: more buy nothing there
+# what a pass takes, in what it keeps for its backward part: slopes and copies in other layouts
+# come on top; measured on a CPU: 1.3 to 2.25 times, by the family
+_WORKING = 2.5
 
 
 @dataclass(frozen=True, order=True)
@@ -112,6 +116,9 @@ class Family(Protocol):
     def seen_by(self) -> str | None:
         """The network whose features sizes are of; None: they are of images."""
         return None
+
+    def check(self, shape: tuple[int, int, int]) -> None:  # most fit all images
+        """Raise BadInput where there are no such triggers for images of a shape (C, H, W)."""
 
     def guide(
         self, model: Frozen, problems: Sequence[Problem], images: Images, seed: int
@@ -198,14 +205,14 @@ def invert(
     """Answers in the order of `problems`.
 
     images: uint8, on any device; problems draw theirs from it, the same for all restarts.
-    memory: bytes that the triggers' passes may take; None: half of what is free on a GPU.
+    memory: bytes that the triggers' passes may take; None: what is free on a GPU.
     slots: problems in flight; None: as many as the memory holds (on a CPU few: they buy nothing).
     checkpoint: where the state is kept now and then, and read from at the start.
     what: this in front of the progress; None: it is not told.
     guide: one that is there already; None: the family's, if it has one.
     starts: where each problem's free variables start (a trigger found before, say); None: anew.
-    Raises BadInput on a class without enough images, on victim = target, and where the memory does
-    not hold one problem.
+    Raises BadInput on a class without enough images, on victim = target, on images that the family
+    is not for, and where the memory does not hold one problem.
     """
     run = _Run(
         model, family, tuple(problems), images, search, seed, checkpoint, what, guide, starts
@@ -221,6 +228,22 @@ def stamped(family: Family, trigger: State, x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------ the images
+
+
+def check_images(
+    family: Family, problems: Sequence[Problem], images: Images, samples: int, seed: int = 0
+) -> None:
+    """Raise BadInput unless every problem has its images, and the family has triggers for them."""
+    _shape_for(family, images)
+    labels = images.y.cpu()
+    for problem in {(one.victim, one.target): one for one in problems}.values():
+        rows_of(problem, labels, samples, seed)
+
+
+def _shape_for(family: Family, images: Images) -> tuple[int, int, int]:
+    channels, height, width = (int(side) for side in images.x.shape[1:])
+    family.check((channels, height, width))
+    return channels, height, width
 
 
 def rows_of(problem: Problem, y: Tensor, samples: int, seed: int) -> Tensor:
@@ -277,8 +300,7 @@ class _Run:
         labels = images.y.cpu()
         self.rows = [rows_of(problem, labels, search.samples, seed) for problem in problems]
         self.x = images.x.to(self.device)
-        shape = images.x.shape[1:]
-        self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        self.shape = _shape_for(family, images)
         self.parts = math.ceil(search.samples / search.batch)
         self.found: dict[int, Found] = {}
         self.guide = guide or family.guide(model, problems, images, seed)
@@ -288,13 +310,13 @@ class _Run:
         waiting, state, index = self._resumed()
         last = time.monotonic()
         while waiting or index:
-            if new := waiting[: self.slots - len(index)]:
+            if new := waiting[: max(0, self.slots - len(index))]:
                 waiting = waiting[len(new) :]
                 state = _joined(state, self._begun(new))
                 index = [*index, *new]
             for _ in range(_LOOK):
-                self._advance(state)
-            self._check(state)
+                self._in_parts(state, self._advance)
+            self._in_parts(state, self._check)
             ended = self._ended(state)  # waits for the device
             if any(ended):
                 self._harvest(state, index, ended)
@@ -307,6 +329,24 @@ class _Run:
                 last = time.monotonic()
         return [self.found[place] for place in range(len(self.problems))]
 
+    def _in_parts(self, state: State, work: Callable[[State], None]) -> None:
+        """Work on all problems, in place, as many at once as the memory holds: a run that goes on
+        may have had room for more before."""
+        count = len(state["passes"])
+        if count <= self.slots:
+            work(state)
+            return
+        for places in torch.arange(count, device=self.device).split(self.slots):
+            self._on(state, places, work)
+
+    @staticmethod
+    def _on(state: State, places: Tensor, work: Callable[[State], None]) -> None:
+        """Work on the problems at some places, in place."""
+        few = {name: value[places] for name, value in state.items()}
+        work(few)
+        for name, value in few.items():
+            state[name][places] = value
+
     # ------------------------------------------------------------------------- room and progress
 
     def _room(self, memory: float | None) -> int:
@@ -314,15 +354,15 @@ class _Run:
         if memory is None and self.device.type != "cuda":
             return max(1, _CPU_IMAGES // math.ceil(self.search.samples / self.parts))
         one = self._begun([0])
-        each = 2 * sum(value.nbytes for value in one.values())  # it is copied when others end
+        each = 2.0 * sum(value.nbytes for value in one.values())  # it is copied when others end
         x = self._images(one["rows"].tensor_split(self.parts, 1)[0])
-        each += saved_bytes(lambda: self._losses(one, _leaves(one), x), self.model)
+        each += _WORKING * saved_bytes(lambda: self._losses(one, _leaves(one), x), self.model)
         if memory is None:
-            memory = 0.5 * torch.cuda.mem_get_info(self.device)[0]
+            memory = _SHARE * torch.cuda.mem_get_info(self.device)[0]
         if memory < each:
             raise BadInput(
                 f"One problem needs about {each / 2**20:.0f} MiB, more than the memory allowed "
-                f"({memory / 2**20:.0f} MiB); raise it or lower the batch."
+                f"({memory / 2**20:.0f} MiB); allow more."
             )
         return int(memory // each)
 
@@ -596,6 +636,7 @@ class Arms:
         seed: int,
     ) -> None:
         self._run = _Run(model, family, tuple(problems), images, search, seed, None, "arms")
+        self._run.slots = self._run._room(None)
         self._state = self._run._begun(range(len(problems)))
 
     def __len__(self) -> int:
@@ -603,12 +644,14 @@ class Arms:
 
     def advance(self, places: Sequence[int]) -> None:
         """One pass of some problems, which ends with a try of their new best triggers."""
+
+        def work(state: State) -> None:
+            self._run._advance(state)
+            self._run._check(state)
+
         chosen = torch.tensor(list(places), device=self._run.device)
-        few = {name: value[chosen] for name, value in self._state.items()}
-        self._run._advance(few)
-        self._run._check(few)
-        for name, value in few.items():
-            self._state[name][chosen] = value
+        for few in chosen.split(self._run.slots):
+            self._run._on(self._state, few, work)
 
     def sizes(self) -> list[float]:
         """The smallest of each; infinite where there is none."""
