@@ -639,15 +639,16 @@ def repairs(found: Mapping[str, Any]) -> str:
     """What `arena repair` found, as a page of Markdown."""
     scanned = found["scanner"] is not None
     head = ["defense", "ACC %", "drop"] + (["suspicion", "verdict"] if scanned else [])
-    head += ["seconds", "note"]
-    rows = [["(none)", *_repaired(found["before"], scanned), "", ""]]
+    head += ["seconds", "MB", "images forward", "backward", "note"]
+    rows = [["(none)", *_repaired(found["before"], scanned), *[""] * 5]]
     for row in found["repairs"]:
         name = f"**{row['defense']}**" if row["defense"] == found["recommended"] else row["defense"]
         if row["status"] != "ok":
             rows.append([name, *[""] * (len(head) - 2), row["reason"].replace("|", "\\|")])
             continue
-        rows.append([name, *_repaired(row, scanned), f"{row['budget']['seconds']:.0f}", ""])
+        rows.append([name, *_repaired(row, scanned), *_spent(row["budget"]), ""])
     table = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+    looked = _SCANNED.get(found["scanned_images"], "")
     chosen, failed = found["recommended"], any(r["status"] != "ok" for r in found["repairs"])
     advice = f"Recommended: {chosen}" if chosen else "Nothing is recommended"
     lines = [
@@ -655,13 +656,14 @@ def repairs(found: Mapping[str, Any]) -> str:
         "",
         f"{found['data']}; {found['clean_images']} clean images to repair with; accuracy on "
         f"{found['validation_images']} others.",
-        *([f"Scanner: {found['scanner']}."] if scanned else []),
+        *([f"Scanner: {found['scanner']}, {looked}."] if scanned else []),
         *([_OWN_ANSWERS] if found["labels"] == "model" else []),
         "",
         *table,
         "",
-        f"{advice}: {found['because']}.",
+        f"{advice}: {found['because']}{'' if found['because'].endswith('?') else '.'}",
         "",
+        *([] if chosen else [_ALL_THE_SAME, ""]),
         *([f"Could work, too: {', '.join(found['possible'])}.", ""] if failed else []),
         f"Weights before: sha256 {found['weights']}.",
     ]
@@ -671,6 +673,27 @@ def repairs(found: Mapping[str, Any]) -> str:
         if row["status"] == "ok"
     ]
     return "\n".join(lines)
+
+
+_SCANNED = {
+    "others": "on the images held out, which no repair saw",
+    "same": "on the repairs' own images, since too few are held out: what a repair unlearned on "
+    "these is harder to find there, so that verdicts after it flatter",
+}
+_ALL_THE_SAME = (
+    "To have the weights of one all the same: the same command with that defense alone, without "
+    "--scan, and with --max-drop 1; what was computed is kept."
+)
+
+
+def _spent(budget: Mapping[str, Any]) -> list[str]:
+    """Seconds, peak memory in MB, and how many images went through the network either way."""
+    return [
+        f"{budget['seconds']:.0f}",
+        "" if budget["peak_memory_mb"] is None else f"{budget['peak_memory_mb']:.0f}",
+        f"{budget['forward_images']:,}",
+        f"{budget['backward_images']:,}",
+    ]
 
 
 def _repaired(row: Mapping[str, Any], scanned: bool) -> list[str]:

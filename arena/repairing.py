@@ -1,26 +1,32 @@
 """One suspicious model: scanned, repaired in one or several ways, compared, and one recommended.
 
-Everything is judged on clean images that no repair saw; nobody knows a trigger here, so the
-scanner's verdict before and after stands for it.
+Accuracy is judged on clean images that no repair saw: the data set's validation images, of a folder
+of one's own those held out for tests as well. Nobody knows a trigger here, so the scanner's verdict
+before and after stands for it. It searches on the images held out where they are enough for it, for
+triggers that a repair unlearned on its own images are hard to find on those again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from arena import scanning
 from arena.boards import check_recipe
 from arena.core import training
+from arena.core.contracts import Images
 from arena.core.registry import BadInput, defenses, nearest, short_spec, spec_of
 from arena.core.whole import share_refusal
+from arena.data import Dataset
 from arena.store import Store
 from arena.subjects import Subject, ask, ask_once, digest, with_weights
 
 MAX_DROP = 0.05  # accuracy that a repair may cost to be recommended
+_LEAST_SCANNED = 10  # images of each class that a scanner needs to be worth asking
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,10 @@ def check(question: Question) -> None:
             if name in defenses.names():
                 raise BadInput(f"{name} repairs nothing; defenses: {', '.join(known)}.")
             raise BadInput(f"There is no defense {name!r}; {nearest(name, known)}")
-        method = defenses.build(text, question.recipe)
-        if refusal := share_refusal(method, question.clean_share):
-            raise BadInput(refusal)
+    asked = [defenses.build(text, question.recipe) for text in question.repairs]
+    refusals = [share_refusal(method, question.clean_share) for method in asked]
+    if all(refusals):  # else each is a row of its own
+        raise BadInput(str(refusals[0]))
     if question.scanner is not None:
         scanning.check(question.scanner, question.recipe)
 
@@ -63,15 +70,17 @@ def repair(
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """What `arena repair` prints, as JSON values, and the weights of the repair recommended.
 
-    Accuracies are on the validation images of the data set. A repair that fails is a row with its
-    reason. Raises BadInput where none ends well, with the defenses that could work.
+    A repair that fails is a row with its reason. Raises BadInput where none ends well, with the
+    defenses that could work.
     """
+    held = held_out(subject)
     asked = [defenses.build(text, question.recipe) for text in question.repairs]
     reasons, others = _usable(subject, asked, question, store, device)
     hint = _hint(others)
     if all(reasons):  # before anything is scanned
         raise BadInput(f"{reasons[0]} {hint}")
-    before = _judged(subject, question, store, device)
+    judged = _Judge(question, store, device, held, _examined(subject, held, question))
+    before = judged(subject)
     rows: list[dict[str, Any]] = []
     weights: dict[str, dict[str, Tensor]] = {}
     for method, reason in zip(asked, reasons, strict=True):
@@ -90,20 +99,24 @@ def repair(
         repaired = with_weights(subject, state, name)
         weights[name] = state
         row |= {"status": "ok", "weights": digest(state), "budget": found["budget"]}
-        row |= _judged(repaired, question, store, device)
+        row |= judged(repaired)
         row["accuracy_drop"] = before["accuracy"] - row["accuracy"]
     if not weights:
-        raise BadInput(f"No repair ended well. {rows[0]['reason']} {hint}")
+        reason = rows[0]["reason"].rstrip(".")
+        raise BadInput(f"No repair ended well. {reason}. {hint}")
     chosen, why = recommended(before, rows, question.max_drop)
+    if doubt := _doubt(subject, before["accuracy"], len(held), question.max_drop):
+        chosen, why = None, doubt
     return {
         "model": subject.name,
         "weights": subject.digest,
         "data": subject.data.name,
         "labels": "model" if subject.self_labelled else "given",
-        "validation_images": len(subject.data.val),
+        "validation_images": len(held),
         "clean_share": question.clean_share,
         "clean_images": next(r["budget"]["clean_images"] for r in rows if r["status"] == "ok"),
         "scanner": question.scanner,
+        "scanned_images": judged.looked_at,
         "before": before,
         "repairs": rows,
         "possible": others,
@@ -135,6 +148,8 @@ def _usable(
     specs = [spec_of(method) for method in asked]
     named = {method.method_name for method in asked}
     free = [name for name in repairs() if name not in named and not _is_null(name)]
+    if _is_folder(subject):  # whoever trains anew wants a training set, not somebody's pictures
+        free = [name for name in free if not defenses.describe(name).traits.get("needs_share")]
     asking = {
         "specs": [*specs, *free],
         "recipe": question.recipe,
@@ -157,18 +172,89 @@ def _hint(others: Sequence[str]) -> str:
     return f"With these images and this model could work: {', '.join(others)}."
 
 
-def _judged(subject: Subject, question: Question, store: Store, device: str) -> dict[str, Any]:
-    model = subject.model.to(device)
-    found: dict[str, Any] = {"accuracy": training.accuracy(model, subject.data.val)}
-    model.cpu()
+def _is_folder(subject: Subject) -> bool:
+    return subject.data.name.startswith("imagefolder:")
+
+
+def held_out(subject: Subject) -> Images:
+    """Clean images that no repair is given. Raises BadInput where there are none."""
+    data = subject.data
+    held = data.val
+    if _is_folder(subject):  # nobody publishes figures on its test images
+        held = Images(torch.cat([data.val.x, data.test.x]), torch.cat([data.val.y, data.test.y]))
+    if not len(held):
+        raise BadInput(f"{data.name} has no image to judge repairs on; give more images.")
+    return held
+
+
+def _examined(subject: Subject, held: Images, question: Question) -> Dataset | None:
+    """Data with the images held out as the clean set that the scanner searches on, where each class
+    has as many as it wants; None: it has the repairs' own."""
     if question.scanner is None:
-        return found
-    verdict, _ = scanning.scan(
-        subject, question.scanner, store,
-        clean_share=question.clean_share, recipe=question.recipe, device=device,
-    )  # fmt: skip
-    kept = ("backdoored", "score", "threshold", "target", "target_name", "victim", "victim_name")
-    return found | {"scan": {name: verdict[name] for name in kept}}
+        return None
+    classes = subject.data.num_classes
+    fewest = int(held.y.bincount(minlength=classes).min())
+    scanner = defenses.build(question.scanner, question.recipe)
+    wanted = getattr(scanner, "samples", 0) / max(1, classes - 1)
+    if fewest < max(wanted, _LEAST_SCANNED):
+        return None
+    return replace(subject.data, train=held)
+
+
+def _doubt(subject: Subject, accuracy: float, held: int, max_drop: float) -> str:
+    """Why nothing can be recommended, whatever the repairs have made; empty: it can.
+
+    Who allows any drop takes what there is.
+    """
+    if max_drop >= 1:
+        return ""
+    if max_drop and held * max_drop < 1:
+        return (
+            f"accuracy on {held} images cannot tell a drop of {100 * max_drop:g} points, since one "
+            f"image is {100 / held:.1f}; give more images, or allow more with --max-drop"
+        )
+    classes = subject.data.num_classes
+    if accuracy <= 1 / classes and not subject.self_labelled:
+        return (
+            f"the model is right on {100 * accuracy:.1f} % of the images, no better than guessing "
+            f"among {classes} classes: are the classes in the order that it was trained on (those "
+            "of a folder are in the order of their names), and the images of its kind?"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Asked what a model is worth, before and after."""
+
+    question: Question
+    store: Store
+    device: str
+    held: Images  # images that accuracy is measured on
+    examined: Dataset | None  # data whose training images the scanner has; None: the repairs' own
+
+    @property
+    def looked_at(self) -> str | None:
+        """The images that a scanner has: `others` than the repairs', or the `same`."""
+        if self.question.scanner is None:
+            return None
+        return "same" if self.examined is None else "others"
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        question, share = self.question, self.question.clean_share
+        model = subject.model.to(self.device)
+        found: dict[str, Any] = {"accuracy": training.accuracy(model, self.held)}
+        model.cpu()
+        if question.scanner is None:
+            return found
+        if self.examined is not None:
+            subject, share = replace(subject, data=self.examined, poisoned=None), 1.0
+        verdict, _ = scanning.scan(
+            subject, question.scanner, self.store,
+            clean_share=share, recipe=question.recipe, device=self.device,
+        )  # fmt: skip
+        kept = ("backdoored", "score", "threshold", "target", "target_name", "victim")
+        return found | {"scan": {name: verdict[name] for name in (*kept, "victim_name")}}
 
 
 def recommended(

@@ -35,6 +35,7 @@ from arena.referee.sandbox import Limits
 from arena.store import Store, file_sha256, save_tensors
 from arena.store import digest as json_digest
 
+_TRIED = 16  # images that a model from a file must answer before anything is done with it
 MOST_OUT = 2**30  # bytes of scores, or of a trigger, that a job may give back
 
 
@@ -101,18 +102,21 @@ def of_checkpoint(
         data = _data(dataset, data_dir)
         network = foreign.build(_absolute(model), data.num_classes, data.shape)
         filled, prefix = _filled(network, weights, file.name)
-        return Subject(filled, data, file.name, digest(weights), prefix=prefix)
-    try:
-        models.info(model)  # unknown names before any file is read
-    except ValueError as error:
-        raise BadInput(f"There is {error}.") from None
+        return _sound(Subject(filled, data, file.name, digest(weights), prefix=prefix))
+    head = _head(model)  # unknown names before any file is read
     weights = read_weights(file)
     data = _data(dataset, data_dir)
     network = _built(model, data)
+    if (count := _outputs(weights, head)) not in (None, data.num_classes):
+        raise BadInput(
+            f"{file.name} tells {count} classes apart, but {data.name} has {data.num_classes}: "
+            f"{', '.join(data.classes[:12])}{', …' if data.num_classes > 12 else ''}; give images "
+            "of all classes that the model knows, and of no others."
+        )
     if not _is_ours(weights):
         models.calibrate(network, data.train)
     filled, prefix = _filled(network, weights, file.name)
-    return Subject(filled, data, file.name, digest(weights), prefix=prefix)
+    return _sound(Subject(filled, data, file.name, digest(weights), prefix=prefix))
 
 
 def of_unlabelled(
@@ -130,7 +134,12 @@ def of_unlabelled(
     elif foreign.is_factory(model):
         count = foreign.classes_of(_absolute(model), shape)
     else:
-        count = _outputs(file, model)
+        head, found = _head(model), _outputs(read_weights(file), _head(model))
+        if found is None:
+            raise BadInput(
+                f"{file.name} has no weights {head}.weight, as {model} does; is it its network?"
+            )
+        count = found
     blank = unlabelled.labelled(images, pixels, torch.arange(len(pixels)) % count, count)
     subject = of_checkpoint(file, model, blank, trust_pickle=trust_pickle)
     answers = training.logits(subject.model, pixels).argmax(1)
@@ -138,17 +147,32 @@ def of_unlabelled(
     return replace(subject, data=data, self_labelled=True)
 
 
-def _outputs(file: Path, model: str) -> int:
-    """The classes of a network of the arena, by its head's weights."""
+def _head(model: str) -> str:
+    """The name of the last layer of a network of the arena. Raises BadInput."""
     try:
-        head = models.info(model).head
+        return models.info(model).head
     except ValueError as error:
         raise BadInput(f"There is {error}.") from None
-    weights = read_weights(file)
+
+
+def _outputs(weights: Mapping[str, Tensor], head: str) -> int | None:
+    """The classes that a network of the arena tells apart, by its head's weights."""
     for name in (f"{head}.weight", f"body.{head}.weight"):
         if name in weights and weights[name].ndim:
             return len(weights[name])
-    raise BadInput(f"{file.name} has no weights {head}.weight, as {model} does; is it its network?")
+    return None
+
+
+def _sound(subject: Subject) -> Subject:
+    """The subject. Raises BadInput where its model answers images with what are no numbers."""
+    data = subject.data
+    x = (data.val if len(data.val) else data.train).x[:_TRIED]
+    if not bool(training.logits(subject.model, x).isfinite().all()):
+        raise BadInput(
+            f"{subject.name}: the model's outputs for images of {data.name} are not finite; its "
+            "weights are damaged or far too large, or it wants images in another range than [0, 1]."
+        )
+    return subject
 
 
 def ask_once(
@@ -234,7 +258,23 @@ def ask(
     """
     clean = clean_set(subject, clean_share)
     store.create()
-    place = store.scratch(json_digest([kind, subject.digest, question, clean_share]))
+    key = json_digest([kind, subject.digest, question, clean_share])
+    with store.lock(key):  # two who ask the same at once would share a folder
+        place = store.scratch(key)
+        return _asked(subject, kind, question, store, clean, place, device, sets, limits)
+
+
+def _asked(
+    subject: Subject,
+    kind: str,
+    question: Mapping[str, Any],
+    store: Store,
+    clean: Images,
+    place: Path,
+    device: str,
+    sets: Mapping[str, Tensor] | None,
+    limits: Limits | None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shutil.rmtree(place, ignore_errors=True)
     inputs, folder = place / "in", place / "job"  # the job may write to its folder alone
     for each in (inputs, folder):
@@ -384,7 +424,7 @@ def _of_pickle(file: Path, dataset: str | Dataset, data_dir: Path | None, truste
     if bad := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
         raise BadInput(f"{file.name}: weights have non-finite {bad[0]}.")
     name = file.parent.name if file.name == "model.pt" else file.name
-    return Subject(network, data, name, digest(weights), prefix="body.")
+    return _sound(Subject(network, data, name, digest(weights), prefix="body."))
 
 
 def _trusted(file: Path, trusted: bool) -> str:

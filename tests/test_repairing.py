@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import arena, assert_refused
 from test_foreign import NET
 
-from arena import subjects
+from arena import repairing, subjects
 from arena.core import foreign, models, progress
 from arena.core.registry import BadInput
 from arena.core.seeding import stream
@@ -121,9 +122,10 @@ def test_what_was_done_before_a_stop_is_not_done_again(weights, tmp_path, monkey
     assert repair().out == first.out, "seconds and all"
     assert asked == []
     patience = 0
-    for other in (("--clean-share", 0.4), ("--scanner", "nc:steps=2,samples=9")):
+    others = {("--clean-share", 0.4): "repair", ("--scanner", "nc:steps=2,samples=9"): "scan"}
+    for other, first_job in others.items():
         assert repair(*other).code == 130
-        assert asked == [("scan", "nc")], "another question"
+        assert asked[0][0] == first_job, "another question"
 
 
 def test_what_a_method_tells_on_the_way_is_passed_on(weights, tmp_path, monkeypatch):
@@ -191,12 +193,17 @@ def test_a_folder_of_one_s_own_images_is_used_whole(weights, photos, tmp_path):
     done = arena(*words)
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    # a tenth is the test set, 4 % of the rest the validation images; whatever is left is used
+    # a tenth is the test set, 4 % of the rest the validation images, and both judge
     assert found["clean_share"] == 1
-    assert found["clean_images"] + found["validation_images"] == 36
+    assert found["clean_images"] + found["validation_images"] == 40
+    assert found["validation_images"] >= 5
     assert found["repairs"][1]["defense"] == "uap:recipe=smoke,epochs=1", "the recipe shortens it"
-    few = arena(*words, "--clean-share", 0.5)
-    assert_refused(few, "uap:recipe=smoke,epochs=1 trains on 100% of the training images")
+    few = json.loads(arena(*words, "--clean-share", 0.5).out)
+    assert few["recommended"] == "finetune:epochs=5,lr=0.01", "the other is a row with its reason"
+    assert "trains on 100% of the training images" in few["repairs"][1]["reason"]
+    alone = [word for word in words if word not in ("-D", "finetune", "uap")]
+    alone = arena(*alone, "-D", "uap", "--clean-share", 0.5)
+    assert_refused(alone, "uap:recipe=smoke,epochs=1 trains on 100% of the training images")
     both = arena(*words, "-d", "signs")
     assert_refused(both, "Give -d DATASET or --images FOLDER, not both.")
 
@@ -216,10 +223,103 @@ def test_with_too_few_images_the_defenses_that_remain_are_named(weights, photos,
     assert "anp" in remain
     assert "fine_pruning" not in remain
     assert "retrain" not in remain, "null methods repair nothing"
+    assert "adversarial" not in remain, "it trains anew, on as many images as a training set has"
     some = arena(*words, "-D", spec, "-D", "finetune")
     assert some.code == 0, some.err
     assert f"| {spec},epochs=5,lr=0.01 |" in some.out, "as the recipe has it"
     assert "Could work, too: " in some.out
+
+
+def test_without_a_recommendation_is_said_why_and_what_to_do(weights, photos, tmp_path):
+    """Of six images held out, one is 17 points; and an untrained model guesses."""
+    words = ("repair", "--checkpoint", weights, "-m", "fastnet_tiny", "--device", "cpu",
+             "-D", "finetune:epochs=1", "--store", tmp_path / "s",
+             "-o", tmp_path / "out.safetensors")  # fmt: skip
+    few = arena(*words, "--images", photos)
+    assert few.code == 1
+    assert "cannot tell a drop of 5 points, since one image is" in few.out
+    assert "--max-drop 1; what was computed is kept" in few.out
+    assert not (tmp_path / "out.safetensors").exists()
+    guess = arena(*words, "-d", SIGNS, "--clean-share", 0.3, "--max-drop", 0.5)
+    assert guess.code == 1
+    assert "no better than guessing among 5 classes: are the classes in the order" in guess.out
+
+
+def test_a_scanner_searches_on_images_that_no_repair_saw(weights, tmp_path, monkeypatch):
+    seen, ask = [], repairing.scanning.ask_once
+
+    def watched(subject, kind, method, store, *, clean_share, device):
+        seen.append(subjects.clean_set(subject, clean_share))
+        return ask(subject, kind, method, store, clean_share=clean_share, device=device)
+
+    monkeypatch.setattr(repairing.scanning, "ask_once", watched)
+    subject = subjects.of_checkpoint(weights, "fastnet_tiny", "signs:size=2000,classes=5")
+    held, store = subject.data.val, Store(tmp_path / "s")
+    for scanner, own, looked_at in (("nc:steps=1,samples=20", True, "others"),
+                                    ("nc:steps=1,samples=900", False, "same")):  # fmt: skip
+        question = repairing.Question(("none",), scanner, 0.3, 1.0)
+        found, _ = repairing.repair(subject, question, store)
+        assert found["scanned_images"] == looked_at
+        assert torch.equal(seen[-1].x.sort(0).values, held.x.sort(0).values) == own
+
+
+def test_who_asks_the_same_at_once_waits(weights, tmp_path, monkeypatch):
+    """The lock is held while the worker runs."""
+    subject, store = subjects.of_checkpoint(weights, "fastnet_tiny", SIGNS), Store(tmp_path / "s")
+    taken = []
+
+    def run(job, **more):
+        for lock in (store.root / "locks").glob("*.lock"):
+            try:
+                with FileLock(lock, timeout=0):
+                    continue
+            except Timeout:
+                taken.append(lock.name)
+        raise isolate.Failed("failed", "that is enough")
+
+    monkeypatch.setattr(subjects.isolate, "run", run)
+    with pytest.raises(BadInput, match="that is enough"):
+        subjects.ask(subject, "usable", {"specs": []}, store, clean_share=0.3, device="cpu")
+    assert len(taken) == 1
+
+
+NAN = """
+import torch
+from torch import nn
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(x).mean((2, 3))) * torch.nan
+
+def make():
+    return Broken()
+"""
+
+
+def test_outputs_that_are_no_numbers_are_refused(weights, tmp_path):
+    (tmp_path / "net.py").write_text(NAN)
+    name = f"{tmp_path / 'net.py'}:make"
+    save_file(foreign.build(name, 5, (3, 32, 32)).body.state_dict(), tmp_path / "w.safetensors")
+    huge = {key: value * 1e30 for key, value in load_file(weights).items()}
+    save_file(huge, tmp_path / "huge.safetensors")
+    for file, network in (("w", name), ("huge", "fastnet_tiny")):
+        done = arena("repair", "--checkpoint", tmp_path / f"{file}.safetensors", "-m", network,
+                     "-d", SIGNS, *FEW, "-D", "finetune", "--store", tmp_path / "s")  # fmt: skip
+        assert_refused(done, "outputs for images of signs", "are not finite")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_that_lacks_a_class_is_told_so(weights, photos, tmp_path):
+    for file in (photos / "4").iterdir():
+        file.unlink()
+    (photos / "4").rmdir()
+    done = arena("repair", "--checkpoint", weights, "-m", "fastnet_tiny", "--images", photos,
+                 "-D", "finetune", "-o", tmp_path / "out.safetensors")  # fmt: skip
+    assert_refused(done, "mine.safetensors tells 5 classes apart, but", "has 4: 0, 1, 2, 3; give")
 
 
 STRIPES = """
@@ -272,12 +372,13 @@ def test_a_model_s_own_answers_stand_for_labels(stripes, loose, tmp_path):
     network, weights = stripes
     done = arena("repair", "--checkpoint", weights, "-m", network, "--images", loose,
                  "-D", "finetune:lr=1e-9,epochs=1", "-o", tmp_path / "out.safetensors",
-                 "--store", tmp_path / "s", "--labels", "model", "--json")  # fmt: skip
+                 "--max-drop", 0.5, "--store", tmp_path / "s", "--labels", "model",
+                 "--json")  # fmt: skip
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["labels"] == "model"
     assert found["before"]["accuracy"] == 1, "it agrees with itself"
-    assert found["clean_images"] + found["validation_images"] == 36
+    assert found["clean_images"] + found["validation_images"] == 40
     assert "stand for them" in (tmp_path / "out.md").read_text()
 
 
