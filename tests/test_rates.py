@@ -77,14 +77,65 @@ def test_a_rate_may_lose_so_much_and_no_more(
         return next(accuracies)
 
     monkeypatch.setattr(rates, "accuracy", accuracy)
+    monkeypatch.setattr(rates, "turned", lambda *_: 90.0)
     found, tried = asked(planted, clean)
     assert [one.rung for one in found] == tried[:borne]
     assert len(tried) == min(borne + 1, len(RATES))
     assert all(images is tried[0].held for images in seen)
     best = max(reached[:borne])
-    for left, whether in ((best - 0.049, True), (best - 0.051, False)):
+    limit = 0.1 if borne == 1 else 0.05  # of the first, since nothing had turned the filters
+    for left, whether in ((best - limit + 0.001, True), (best - limit - 0.001, False)):
         monkeypatch.setattr(rates, "accuracy", lambda *_, left=left: left)
         assert found[-1].bears(planted) is whether
+
+
+@pytest.mark.parametrize(
+    ("reached", "degrees", "borne"),
+    [
+        ((0.9, 0.84, 0.81, 0.9, 0.9), (5, 8, 10, 20, 20), 5),  # little has turned: a tenth is borne
+        ((0.9, 0.79, 0.9, 0.9, 0.9), (5, 8, 10, 20, 20), 1),  # and no more
+        ((0.9, 0.84, 0.84, 0.83, 0.9), (5, 16, 20, 30, 30), 2),  # from then on as much as asked for
+        ((0.9, 0.89, 0.86, 0.84, 0.9), (16, 16, 20, 30, 30), 3),
+    ],
+)
+def test_until_filters_have_turned_a_rate_may_lose_more(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch,
+    reached: tuple[float, ...], degrees: tuple[float, ...], borne: int,
+) -> None:  # fmt: skip
+    accuracies, angles = iter(reached), iter(degrees)
+    monkeypatch.setattr(rates, "accuracy", lambda *_: next(accuracies))
+    monkeypatch.setattr(rates, "turned", lambda before, after: next(angles))
+    assert len(asked(planted, clean)[0]) == borne
+
+
+def test_more_may_be_asked_for_than_a_tenth(
+    planted: Classifier, clean: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter((0.9, 0.76, 0.74, 0.7, 0.7))
+    monkeypatch.setattr(rates, "accuracy", lambda *_: next(accuracies))
+    assert len(asked(planted, clean, max_drop=0.15)[0]) == 2
+
+
+def test_a_filter_s_angle_is_that_of_its_direction(planted: Classifier) -> None:
+    """Of one layer half of the filters are turned by 90 degrees, and all are made longer."""
+    after = toys.planted()
+    layers = [w for w in after.parameters() if w.ndim > 1]
+    with torch.no_grad():
+        for weight in after.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=stream(0, "weights")))
+        planted.load_state_dict(after.state_dict())
+        rows = layers[0].flatten(1)
+        half = len(rows) // 2
+        for row in rows[:half]:
+            other = torch.randn(len(row), generator=stream(0, "turn"))
+            row.copy_(other - row * (other @ row) / (row @ row))
+        for weight in after.parameters():
+            weight *= 3
+    wanted = 90 * half / len(rows) / len(layers)
+    assert rates.turned(planted, after) == pytest.approx(wanted, abs=0.01)
+    layers[-1].requires_grad_(False)  # what does not learn does not count
+    wanted *= len(layers) / (len(layers) - 1)
+    assert rates.turned(planted, after) == pytest.approx(wanted, abs=0.01)
 
 
 def test_a_rate_of_one_s_own_trains_on_all_images(planted: Classifier, clean: Images) -> None:

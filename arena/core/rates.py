@@ -8,12 +8,20 @@ What a rate costs is counted from the best of the lower ones, not from the model
 defender's images are mostly ones that the victim was trained on: what it knew of them by heart goes
 with any fine-tuning, is no loss on other images, and differs from network to network.
 
+Accuracy alone would end the climb before anything is forgotten where a network stays as it is at
+low rates. How far a rate moves it can be seen without a trigger: by the angle that its filters turn.
+Behind a normalisation only their direction counts, so that the same rate means more for short
+filters than for long ones, and angles compare where rates do not. Until they have turned enough, a
+rate may cost more.
+
 Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), two between and one below, and
-    its fall along a cosine. The search is this arena's; the papers fix a rate per network.
+    its fall along a cosine. That the effective rate is one of directions: van Laarhoven 2017, arXiv
+    1706.05350. The search is this arena's; the papers fix a rate per network.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +29,9 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Generator
+from torch.nn import functional as F
 
 from arena.core.contracts import BatchHook, Images
 from arena.core.models import Classifier
@@ -30,6 +40,8 @@ from arena.core.training import Recipe, accuracy, fit, split
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
 MOST_HELD = 1000  # images: more tell no more
+_TURNED = 15.0  # degrees: at 13.7 a WRN-16-1 kept its backdoor, at 15.8 fastnets had lost theirs
+_UNTURNED_DROP = 0.1  # accuracy that a rate may cost while lower ones have turned less
 _OFTEN = 10.0  # seconds between two looks at them while a copy is trained
 
 
@@ -97,7 +109,8 @@ def climb(
     held_out: float,
 ) -> list[Borne]:
     """What `train` makes of `model` at RATES from the lowest up, until one costs more than
-    `max_drop` of the accuracy on the images held out, counted from the best. At least the lowest.
+    `max_drop` of the accuracy on the images held out, counted from the best; a tenth of it, where
+    `max_drop` is less, while no rate has turned the filters far. At least the lowest.
 
     lr: this rate alone, on all clean images. Where there is nothing to hold out, nothing can
     decide, and it is the lowest of RATES.
@@ -110,17 +123,32 @@ def climb(
         rung = Rung(RATES[0], clean, None)
         return [Borne(rung, train(rung), 0.0)]
     borne: list[Borne] = []
-    best = 0.0
+    best, far = 0.0, False
     for rate in RATES:
         rung = Rung(rate, tune, held)
         made = train(rung)
         reached = accuracy(made, held)
         best = max(best, reached)
-        floor = best - max_drop - 1e-9  # the drop itself is within the limit
+        limit = max_drop if far else max(max_drop, _UNTURNED_DROP)
+        floor = best - limit - 1e-9  # the drop itself is within the limit
         if reached < floor:
             break
         borne.append(Borne(rung, made, floor))
+        far = turned(model, made) >= _TURNED
     return borne
+
+
+@torch.no_grad()
+def turned(before: Classifier, after: Classifier) -> float:
+    """Degrees by which filters have turned: the mean over those of a layer, and over the layers
+    that learn. A filter is what makes one output of a weight; its length does not count."""
+    old, angles = dict(before.named_parameters()), []
+    for name, weight in after.named_parameters():
+        if weight.ndim < 2 or not weight.requires_grad:
+            continue
+        one, two = (w.detach().double().flatten(1) for w in (old[name], weight))
+        angles.append(F.cosine_similarity(one, two, 1).clamp(-1, 1).acos().mean())
+    return math.degrees(float(torch.stack(angles).mean())) if angles else 0.0
 
 
 def tuned(

@@ -30,6 +30,7 @@ Figures = Sequence[Mapping[str, Any]]
 
 TITLE = "Backdoor leaderboard"
 UNATTACKED = "Without a backdoor: the clean twin before and after"
+BUDGETS = "What repairs cost: means over all cells, the clean twin's included"
 SHADE_FULL = 0.2  # the ACC drop that is shaded darkest
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -70,6 +71,7 @@ class Section:
     published: tables.View
     repairs: tables.View
     hiding: tables.View
+    budgets: tables.View
     weak: tables.View
 
 
@@ -143,6 +145,7 @@ def build_page(
         no_null=not any(row["null"] for row in rows),
         averaged=tables.AVERAGED,
         unattacked=UNATTACKED,
+        budgets=BUDGETS,
         gallery=_gallery(rows, pictures),
         failures=tables.view(tables.failures(rows)),
         flags=_flags(chosen),
@@ -264,6 +267,7 @@ def _exported(
         "published": tables.published(rows, published),
         "published_repairs": tables.published_repairs(rows, published),
         "hiding": tables.hiding(rows),
+        "budgets": tables.budgets(rows),
         "not_established": tables.not_established(rows)[[*tables.WEAK_VIEW]],
         "failures": tables.failures(rows),
         "rating": rated_frame(rated),
@@ -336,6 +340,7 @@ def _sections(rows: list[Row], published: Figures) -> list[Section]:
             published=tables.view(tables.published(group, published)),
             repairs=tables.view(tables.published_repairs(group, published)),
             hiding=tables.view(tables.hiding(group)),
+            budgets=tables.view(tables.budgets(group)),
             weak=tables.view(tables.not_established(group)[[*tables.WEAK_VIEW]]),
         )
         for context, group in groups.items()
@@ -612,6 +617,7 @@ def _markdown(
         ("Beside published figures", tables.published(rows, published)),
         ("Repairs beside published figures", tables.published_repairs(rows, published)),
         ("How far stamped images are from the target class (MMD²)", tables.hiding(rows)),
+        (BUDGETS, tables.budgets(rows)),
         (
             "Attack not established: shown, not ranked",
             tables.not_established(rows)[[*tables.WEAK_VIEW]],

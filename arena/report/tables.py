@@ -433,6 +433,22 @@ def unattacked(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]] = ()) -
     return _frame(lines, (*columns, "defense_short", "null"))
 
 
+def budgets(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line per defense: what its cells cost on average, those on the clean twin included."""
+    lines: list[Row] = []
+    groups = _groups(current(rows), lambda row: (_context(row), row["defense"]))
+    for (context, defense), group in groups.items():
+        line = dict(zip(CONTEXT, context, strict=True)) | {"defense": defense}
+        for name in BUDGET:
+            line |= _spread(name, summarise([row[name] for row in group]))
+        if line["seconds"] is not None:
+            line |= {name: group[0][name] for name in ("defense_short", "null")}
+            lines.append(line | {"runs": len(group)})
+    lines.sort(key=lambda line: (*map(str, _context(line)), line["seconds"], line["defense"]))
+    columns = (*CONTEXT, "defense", *_paired(BUDGET), "runs", "defense_short", "null")
+    return _frame(lines, columns)
+
+
 def measures(rows: Sequence[Row]) -> pd.DataFrame:
     """What the board's measures gave, one line per row as they come; no columns without any."""
     return _row_frame(rows)[[*measured_columns(rows)]]
@@ -530,7 +546,7 @@ def _frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.Dat
     floats = [name for name in columns if name.removesuffix("_sd") in _FLOATS]
     data = {name: [line[name] for line in lines] for name in columns}
     types = dict.fromkeys(floats, "float64") | dict.fromkeys(
-        {*columns} & {"attacks", "seeds", "pairs"}, int
+        {*columns} & {"attacks", "seeds", "pairs", "runs"}, int
     )
     return pd.DataFrame(data, columns=list(columns), dtype=object).astype(types)
 
@@ -569,6 +585,12 @@ _PERCENT = {
 }
 _STEALTH = ("psnr", "ssim", "l2", "linf")  # properties of the trigger: shown without their sd
 _MMD = {"mmd_stamped": "stamped", "mmd_intra": "same class", "mmd_inter": "nearest other class"}
+_BUDGET = {
+    "peak_memory_mb": "peak MB",
+    "clean_images": "clean images",
+    "forward_images": "images forward",
+    "backward_images": "images backward",
+}
 _DISTANCES = {"distance": "distance", "distance_before": "distance before"}
 _DIGITS = {
     "psnr": 1,
@@ -576,14 +598,23 @@ _DIGITS = {
     "l2": 2,
     "linf": 3,
     "seconds": 1,
+    **dict.fromkeys(_BUDGET, 0),
     **dict.fromkeys(_MMD, 3),
     **dict.fromkeys(_DISTANCES, 2),
     "rating": 0,
     "low": 0,
     "high": 0,
 }
-_HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "l2": "L2", "linf": "L∞", **_MMD, **_DISTANCES}
-_COUNTS = ("attacks", "seeds", "seed", "duels")
+_HEADINGS = {
+    "psnr": "PSNR dB",
+    "ssim": "SSIM",
+    "l2": "L2",
+    "linf": "L∞",
+    **_BUDGET,
+    **_MMD,
+    **_DISTANCES,
+}
+_COUNTS = ("attacks", "seeds", "seed", "duels", "runs")
 _TEXTS = (
     *(
         "kind",
