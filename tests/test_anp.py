@@ -261,7 +261,7 @@ def test_anp_removes_a_learned_backdoor(victim, clean):
 def test_images_are_held_out(victim, clean, monkeypatch, rng):
     seen: dict[str, Tensor] = {}
 
-    def learn(self: ANP, model: Classifier, images: Images, rng: object) -> Tensor:
+    def learn(self: ANP, model: Classifier, images: Images, rng: object, held: Images) -> Tensor:
         seen["learn"] = images.x
         return torch.ones(len(gains(victim)))
 

@@ -105,7 +105,7 @@ def test_the_first_update_of_the_middle(planted, end, clean, monkeypatch):
     before = weights(curve.middle)
     ModeConnectivityRepair(
         epochs=1, batch=200, lr=0.1, momentum=0.0, weight_decay=0.5, crop=0
-    ).train(curve, clean, stream(0, "fit"))
+    ).train(curve, clean, stream(0, "fit"), clean)
 
     twin = Curve(planted, end, stream(0, "t")).train()
     loss = F.cross_entropy(twin(clean.x / 255), clean.y) + 0.25 * twin.squares()

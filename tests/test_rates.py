@@ -9,7 +9,7 @@ import torch
 import toys
 from torch import Generator
 
-from arena.core import progress, rates, training
+from arena.core import looks, progress, rates, training
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.rates import RATES, Borne, Rung, climb
@@ -175,7 +175,7 @@ def test_looks_on_the_way_tell_the_accuracy_and_change_nothing(
     method = defenses.build(f"{name}:epochs=3,crop=1,cutout=0,max_drop=1", "fast")
     weights = []
     for seconds in (0.0, 1e9):
-        monkeypatch.setattr(rates, "_OFTEN", seconds)
+        monkeypatch.setattr(looks, "OFTEN", seconds)
         with progress.listening(hear):
             repaired = method.repair(planted, clean, stream(0, "repair"))
         weights.append(repaired.state_dict())

@@ -9,7 +9,7 @@ defender's images are mostly ones that the victim was trained on: what it knew o
 with any fine-tuning, is no loss on other images, and differs from network to network.
 
 Accuracy alone would end the climb before anything is forgotten where a network stays as it is at
-low rates. How far a rate moves it can be seen without a trigger: by the angle that its filters turn.
+low rates. How far a rate moves it can be seen without a trigger: by the angle that filters turn.
 Behind a normalisation only their direction counts, so that the same rate means more for short
 filters than for long ones, and angles compare where rates do not. Until they have turned enough, a
 rate may cost more.
@@ -22,7 +22,6 @@ Source: the rates of NAD's code (0.1) and of BackdoorBench (0.01), two between a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -33,16 +32,15 @@ import torch
 from torch import Generator
 from torch.nn import functional as F
 
-from arena.core.contracts import BatchHook, Images
+from arena.core.contracts import Images
+from arena.core.looks import looking
 from arena.core.models import Classifier
-from arena.core.progress import report
 from arena.core.training import Recipe, accuracy, fit, split
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
 MOST_HELD = 1000  # images: more tell no more
 _TURNED = 15.0  # degrees: at 13.7 a WRN-16-1 kept its backdoor, at 15.8 fastnets had lost theirs
 _UNTURNED_DROP = 0.1  # accuracy that a rate may cost while lower ones have turned less
-_OFTEN = 10.0  # seconds between two looks at them while a copy is trained
 
 
 def falling(plan: Recipe, decay_every: int | None) -> Recipe:
@@ -62,26 +60,11 @@ class Rung:
         self, model: Classifier, plan: Recipe, rng: Generator, *, what: str, **more: Any
     ) -> None:
         """Train `model`, in place, on the images, and tell its accuracy on those held out."""
-        fit(
-            model, self.images, plan, rng, on_batch=self._look(model, plan, what), what=what, **more
-        )
-
-    def _look(self, model: Classifier, plan: Recipe, what: str) -> BatchHook | None:
-        """Changes nothing: looks where an epoch has ended, not too often, since a look costs."""
-        if (held := self.held) is None:
-            return None
         steps = len(self.images) // min(plan.batch, len(self.images))
-        made, last = 0, time.monotonic()
-
-        def look(images: Images, _: Generator) -> Images:
-            nonlocal made, last
-            if made and made % steps == 0 and time.monotonic() - last >= _OFTEN:
-                report(what, made, steps * plan.epochs, accuracy=accuracy(model, held))
-                last = time.monotonic()
-            made += 1
-            return images
-
-        return look
+        look, held = None, self.held
+        if held is not None:
+            look = looking(what, lambda: accuracy(model, held), steps, steps * plan.epochs)
+        fit(model, self.images, plan, rng, on_batch=look, what=what, **more)
 
 
 @dataclass(frozen=True)

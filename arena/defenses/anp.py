@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from arena.core.contracts import Images, Step
+from arena.core.looks import looking
 from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.registry import BadInput, method, param
@@ -44,6 +45,7 @@ from arena.core.training import (
     split,
 )
 
+_LOOK = 50  # updates between two looks at the masked model, or more
 LEVELS = 50  # how often held-out images are asked on the way to the last channel
 
 
@@ -100,7 +102,7 @@ class ANP:
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         self.check(model, clean)
         held, learn = split(clean, self.held_out, rng)
-        mask = self.learn_masks(model, learn, rng)
+        mask = self.learn_masks(model, learn, rng, held)
         model = deepcopy(model).eval()
         order = self.candidates(mask)
         if self.held_out:
@@ -108,14 +110,24 @@ class ANP:
         silence(model, order)
         return model
 
-    def learn_masks(self, model: Classifier, images: Images, rng: Generator) -> Tensor:
-        """The mask (K,) of every channel of `gained(model)`; `model` stays as it is."""
-        net = Masked(deepcopy(model))
+    def learn_masks(
+        self, model: Classifier, images: Images, rng: Generator, held: Images | None = None
+    ) -> Tensor:
+        """The mask (K,) of every channel of `gained(model)`; `model` stays as it is.
+
+        held: images of which the progress tells how many the masked model has right.
+        """
+        net, what = Masked(deepcopy(model)), "learning masks"
         device = device_of(model)
+        look = None
+        if held is not None and len(held):
+            look = looking(what, lambda: accuracy(net, held), _LOOK, self.iterations)
         noise = torch.zeros(2, len(net.mask), device=device)
 
         def disturb(batch: Images, draws: Generator) -> Images:
             net.clamp()
+            if look is not None:
+                look(batch, draws)
             noise.copy_((2 * torch.rand(noise.shape, generator=draws) - 1) * self.eps)
             for _ in range(self.steps):
                 noise.add_(uphill(net, batch, noise), alpha=self.eps / self.steps)
@@ -140,7 +152,7 @@ class ANP:
             crop=self.crop,
             border="zero",
         )
-        fit(net, images, plan, rng, on_batch=disturb, extra_loss=with_noise, what="learning masks")
+        fit(net, images, plan, rng, on_batch=disturb, extra_loss=with_noise, what=what)
         net.clamp()
         return net.mask.detach()
 

@@ -13,15 +13,13 @@ Departs: the paper joins two backdoored models and reads t in [0.1, 0.4] off tes
     DECK takes the best clean accuracy, which is the victim's own near t = 0. Here held-out clean
     images decide which points are within `max_drop` of the best, and distance from both ends which
     of them is taken. An epoch is one pass over the clean images; the code's loader repeats them
-    until it has 10,000 to 50,000, which makes its 100 epochs several hundred passes. The rate falls
-    from the middle of the run to its end (code: to 90 %), momentum is Nesterov, and all but the
-    trained weights are as in the victim. The second end is tuned as `finetune` tunes, but its rate
-    may cost more: the curve wins that back, and near an end that forgot little it forgets little (a
-    backdoor of sig, below: 44, 28 and 8 % left from ends at 0.005, 0.01 and 0.02). The curve's own
-    running statistics are thrown away: for every point they are computed anew, as in the code
-    from images that are shifted and mirrored as in training. That matters: with those of plain
-    images the middle of the curve kept a backdoor of sig at 36 %, with these 2 % are left, at one
-    more point of accuracy (fastnet_small, CIFAR-10, validation images).
+    until it has 10,000 to 50,000, so that its 100 epochs are several hundred. The rate falls from
+    the middle of the run to its end (code: to 90 %), momentum is Nesterov, and all but the trained
+    weights are as in the victim. The second end is tuned as `finetune` tunes, but its rate may cost
+    more: the curve wins that back, and near an end that forgot little it forgets little. The
+    curve's running statistics are thrown away: for every point they are computed anew, as in the
+    code from images shifted and mirrored as in training. With those of plain images the middle kept
+    36 % of a backdoor, with these 2 (sig, fastnet_small, CIFAR-10, validation images).
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from torch.nn import functional as F
 
 from arena.core.contracts import Images, Step
 from arena.core.features import reestimate_batchnorm
+from arena.core.looks import looking
 from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.rates import falling, tuned
@@ -128,7 +127,7 @@ class ModeConnectivityRepair:
             lr=self.tune_lr, max_drop=self.tune_drop, held_out=self.tune_held_out,
         )  # fmt: skip
         curve = Curve(model, end, stream(draw_seed(rng), "points"))
-        self.train(curve, tune, rng)
+        self.train(curve, tune, rng, held)
         seen = shown(tune, self.crop, rng)
         model = deepcopy(model).eval()
         t = self.t
@@ -156,8 +155,14 @@ class ModeConnectivityRepair:
         )
         return falling(plan, self.tune_decay_every)
 
-    def train(self, curve: Curve, images: Images, rng: Generator) -> None:
-        """Train the middle of `curve`, in place."""
+    def train(self, curve: Curve, images: Images, rng: Generator, held: Images) -> None:
+        """Train the middle of `curve`, in place; the progress tells how much of `held` the model
+        halfway has right."""
+        steps, shell = len(images) // min(self.batch, len(images)), deepcopy(curve.middle)
+
+        def halfway() -> float:
+            curve.place(shell, 0.5, images)
+            return accuracy(shell, held)
 
         def decay(_: Step) -> Tensor:
             return 0.5 * self.weight_decay * curve.squares()
@@ -176,7 +181,8 @@ class ModeConnectivityRepair:
             crop=self.crop,
             border="zero",
         )
-        fit(curve, images, plan, rng, extra_loss=decay, what="curve")
+        look = looking("curve", halfway, steps, steps * self.epochs)
+        fit(curve, images, plan, rng, on_batch=look, extra_loss=decay, what="curve")
 
 
 class Curve(nn.Module):
