@@ -6,9 +6,8 @@ curve, so that all points classify well; points away from both ends have much in
 saw the trigger. Of those that classify about as well as the best, the one nearest to t = 1/2 is
 the result.
 
-Source: Zhao et al. 2020, ICLR, arXiv 2005.00060; the curve is that of Garipov et al. 2018, arXiv
-    1802.10026. Official code: github.com/IBM/model-sanitization. The tuned copy as second end:
-    DECK.
+Source: Zhao et al. 2020, ICLR, arXiv 2005.00060; the curve: Garipov et al. 2018, arXiv 1802.10026.
+    Official code: github.com/IBM/model-sanitization. The tuned copy as second end: DECK.
 Departs: the paper joins two backdoored models and reads t in [0.1, 0.4] off test accuracy and ASR;
     DECK takes the best clean accuracy, which is the victim's own near t = 0. Here held-out clean
     images decide which points are within `max_drop` of the best, and distance from both ends which
