@@ -24,7 +24,15 @@ from arena.core.detection import (
     highest,
     scored,
 )
-from arena.core.registry import BadInput, attacks, defenses, nearest, short_spec, spec_of
+from arena.core.registry import (
+    BadInput,
+    attacks,
+    defenses,
+    nearest,
+    short_spec,
+    spec_of,
+    split_spec,
+)
 from arena.core.seeding import stream
 from arena.store import Store
 from arena.subjects import Subject, ask, of_cell
@@ -43,12 +51,14 @@ def detectors() -> list[str]:
 
 def check(text: str) -> None:
     """Raise BadInput unless `text` is the spec of a detector; imports no method."""
-    name = text.partition(":")[0]
+    name, fields = split_spec(text)
     if name not in (known := detectors()):
         if name in defenses.names():
             powers = " and ".join(defenses.describe(name).powers)
             raise BadInput(f"{name} {powers} but detects nothing; detectors: {', '.join(known)}.")
         raise BadInput(f"There is no detector {name!r}; {nearest(name, known)}")
+    if "level" in fields:
+        raise BadInput(f"{text}: ask for a level with --level {fields['level']}.")
 
 
 @dataclass(frozen=True)

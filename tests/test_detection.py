@@ -80,6 +80,13 @@ def test_figures_by_hand():
     assert (none.f1, none.precision, none.recall) == (0, 0, 0)
 
 
+def test_a_level_is_not_asked_for_in_a_spec():
+    """It would be replaced by --level's, without a word."""
+    with pytest.raises(BadInput, match="ask for a level with --level deep"):
+        detecting.check("spectral:level=deep")
+    detecting.check("spectral:form=trusted")
+
+
 def test_flagging_everything_is_no_detection():
     assert detection.flagging_everything(1.0) == pytest.approx(2 / 3)
     assert detection.flagging_everything(0.1) == pytest.approx(2 * (1 / 11) / (12 / 11))
