@@ -134,7 +134,8 @@ def of_unlabelled(
     elif foreign.is_factory(model):
         count = foreign.classes_of(_absolute(model), shape)
     else:
-        head, found = _head(model), _outputs(read_weights(file), _head(model))
+        head = _head(model)
+        found = _outputs(read_weights(file), head)
         if found is None:
             raise BadInput(
                 f"{file.name} has no weights {head}.weight, as {model} does; is it its network?"
