@@ -304,6 +304,25 @@ def test_a_collapse_counts_and_a_failure_does_not() -> None:
     assert list(frame["seeds"]) == [1, 2]
 
 
+def test_what_repairs_cost_is_averaged_over_all_cells_that_ended() -> None:
+    records = [record(defense=name, seed=seed) for name in ("slow", "none") for seed in (0, 1, 2)]
+    records.append(record("none", "slow"))
+    for item, seconds in zip(records[:3], (10.0, 20.0, 99.0), strict=True):
+        item["budget"] = {"seconds": seconds, "clean_images": 240, "peak_memory_mb": 500.0,
+                          "forward_images": 1000 * seconds, "backward_images": 7}  # fmt: skip
+    records[2]["status"] = "timeout"
+    records[-1]["budget"] = {**records[0]["budget"], "seconds": 30.0}
+    frame = tables.budgets([flatten(item) for item in records]).set_index("defense_short")
+    assert list(frame.index) == ["none", "slow"], "the cheapest first"
+    slow = frame.loc["slow"]
+    assert (slow["seconds"], slow["seconds_sd"], slow["runs"]) == (20.0, 10.0, 3)
+    assert slow["forward_images"] == pytest.approx((10_000 + 20_000 + 10_000) / 3)
+    shown = tables.view(tables.budgets([flatten(item) for item in records]))
+    assert "images forward" in shown.headings
+    assert [str(entry) for entry in shown.lines[0]][2:4] == ["–", "240 ± 0"], "not measured"
+    assert len(tables.budgets([])) == 0
+
+
 def test_a_defense_that_always_fails_keeps_its_line() -> None:
     lost = record("patch", "anp", status="failed", reason="crash", metrics={})
     frame = tables.leaderboard(map(flatten, [record(), lost]))

@@ -434,9 +434,11 @@ def unattacked(rows: Iterable[Row], figures: Iterable[Mapping[str, Any]] = ()) -
 
 
 def budgets(rows: Iterable[Row]) -> pd.DataFrame:
-    """One line per defense: what its cells cost on average, those on the clean twin included."""
+    """One line per defense: what its cells cost on average, those on the clean twin included, and
+    none that broke off."""
     lines: list[Row] = []
-    groups = _groups(current(rows), lambda row: (_context(row), row["defense"]))
+    whole = [row for row in current(rows) if measured(row) or row["status"] == "not_established"]
+    groups = _groups(whole, lambda row: (_context(row), row["defense"]))
     for (context, defense), group in groups.items():
         line = dict(zip(CONTEXT, context, strict=True)) | {"defense": defense}
         for name in BUDGET:
