@@ -28,7 +28,7 @@ SMALL = {  # beside what the recipe `smoke` shortens: all do something to a smal
     "anp": "anp:iterations=10,crop=1,threshold=0.99,max_drop=1",
     "mcr": "mcr:tune_epochs=1,crop=1,tune_cutout=3",
     "nc": "nc:steps=30,samples=30,asr=0.5,unflagged=smallest",
-    "abs": "abs:form=filter,top=2,steps=200,samples=36,batch=32",
+    "abs": "abs:form=filter,top=2,filter_steps=200,samples=36,batch=32",
     "moth": "moth:updates=8,batch=64,max_drop=1",
     "deck": "deck:updates=6,batch=32,max_drop=1",
     "pairwise": "pairwise:batch=64,max_drop=1",
