@@ -317,20 +317,25 @@ def test_memory_says_how_many_go_at_once(frozen, images):
 @pytest.mark.parametrize("fewer", [1, 2])
 def test_a_run_that_goes_on_in_less_memory_keeps_to_it(separate, images, monkeypatch, fewer):
     """More problems are under way than now fit; the answers are the same."""
-    whole = invert(separate, NC(), ALL, images, QUICK, slots=4)
+    many = [replace(problem, restart=turn) for turn in (0, 1) for problem in ALL]
+    whole = invert(separate, NC(), many, images, QUICK, slots=4)
     monkeypatch.setattr(engine, "_SAVE", -1.0)
     kept = Kept(1)
     with pytest.raises(Stopped):
-        invert(separate, NC(), ALL, images, QUICK, slots=4, checkpoint=kept)
+        invert(separate, NC(), many, images, QUICK, slots=4, checkpoint=kept)
     assert len(kept.state["index"]) == 4
-    advance, at_once = engine._Run._advance, []
+    advance, at_once, under_way = engine._Run._advance, [], []
     monkeypatch.setattr(
         engine._Run,
         "_advance",
         lambda run, state: (at_once.append(len(state["passes"])), advance(run, state)),
     )
-    resumed = invert(separate, NC(), ALL, images, QUICK, slots=fewer, checkpoint=kept)
+    monkeypatch.setattr(
+        engine._Run, "_tell", lambda run, state: under_way.append(len(state.get("passes", ())))
+    )
+    resumed = invert(separate, NC(), many, images, QUICK, slots=fewer, checkpoint=kept)
     assert max(at_once) == fewer
+    assert max(under_way) <= 4, "no other enters before there is room"
     for one, two in zip(whole, resumed, strict=True):
         same(one, two)
 
