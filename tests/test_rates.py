@@ -138,6 +138,13 @@ def test_a_filter_s_angle_is_that_of_its_direction(planted: Classifier) -> None:
     assert rates.turned(planted, after) == pytest.approx(wanted, abs=0.01)
 
 
+def test_pruned_filters_have_no_angle(planted: Classifier) -> None:
+    """A network that was pruned before and stays as it is has not turned."""
+    with torch.no_grad():
+        next(w for w in planted.parameters() if w.ndim > 1)[0] = 0
+    assert rates.turned(planted, planted) == pytest.approx(0, abs=1e-3)
+
+
 def test_a_rate_of_one_s_own_trains_on_all_images(planted: Classifier, clean: Images) -> None:
     (found,), (rung,) = asked(planted, clean, lr=0.5)
     assert (rung.rate, rung.images is clean, found.bears(planted)) == (0.5, True, True)

@@ -130,7 +130,10 @@ def turned(before: Classifier, after: Classifier) -> float:
         if weight.ndim < 2 or not weight.requires_grad:
             continue
         one, two = (w.detach().double().flatten(1) for w in (old[name], weight))
-        angles.append(F.cosine_similarity(one, two, 1).clamp(-1, 1).acos().mean())
+        some = (one != 0).any(1) & (two != 0).any(1)  # nothing, as of pruned filters, has no angle
+        if some.any():
+            turns = F.cosine_similarity(one[some], two[some], 1).clamp(-1, 1).acos()
+            angles.append(turns.mean())
     return math.degrees(float(torch.stack(angles).mean())) if angles else 0.0
 
 
