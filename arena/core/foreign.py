@@ -167,8 +167,9 @@ def _places(body: nn.Module, x: Tensor) -> tuple[tuple[str, str, str], str]:
     methods that ask nothing of levels work, those that mask channels say that they cannot.
     """
     calls = timm_models._watch(body, x)
+    sound = bool(body(x).isfinite().all())  # else no layer can be told from another by its answers
     for deep, head in timm_models._deep_and_head(calls):
-        if timm_models._agrees(body, x, deep.path, head.path):
+        if sound and timm_models._agrees(body, x, deep.path, head.path):
             return (*_earlier_levels(body, calls, deep), deep.path), head.path
     paths = [call.path for call in calls if call.shape] or [""]
     last = len(paths) - 1
