@@ -6,7 +6,7 @@ import pytest
 import torch
 import toys
 
-from arena.core import models
+from arena.core import models, whole
 from arena.core.adversarial import robust_accuracy
 from arena.core.contracts import Images
 from arena.core.models import Classifier
@@ -45,9 +45,7 @@ def test_a_network_becomes_robust(model, data):
 def trained(model, data, spec, monkeypatch):
     """The recipe, the model and the hooks that the trainer is handed."""
     found = []
-    monkeypatch.setattr(
-        adversarial, "fit", lambda *given, **hooks: found.append((*given[:3], hooks))
-    )
+    monkeypatch.setattr(whole, "fit", lambda *given, **hooks: found.append((*given[:3], hooks)))
     defenses.build(spec).repair(model, data, stream(0, "a"))
     return found[0]
 

@@ -10,14 +10,14 @@ import torch
 import toys
 from torch import Tensor, nn
 
-from arena.core import features, models, pruning, rates
+from arena.core import features, models, pruning, rates, whole
 from arena.core.contracts import Images, Repairs
 from arena.core.inversion.families import families
 from arena.core.models import Classifier
 from arena.core.registry import BadInput, Registry, defenses, spec_of
 from arena.core.seeding import stream
 from arena.core.training import accuracy
-from arena.defenses import fine_pruning, retrain
+from arena.defenses import fine_pruning
 from arena.identity import method_identity
 
 SMALL = {  # beside what the recipe `smoke` shortens: all do something to a small model
@@ -359,7 +359,7 @@ def test_retrain_keeps_nothing_of_the_model(planted, clean, rng):
 
 def test_retrain_scales_the_rate_of_the_network(planted, clean, rng, monkeypatch):
     plans = []
-    monkeypatch.setattr(retrain, "fit", lambda model, data, plan, *_, **__: plans.append(plan))
+    monkeypatch.setattr(whole, "fit", lambda model, data, plan, *_, **__: plans.append(plan))
     speed = dataclasses.replace(toys.NETWORK, overrides={"fast": {"lr": 0.8, "bias_lr": 64.0}})
     monkeypatch.setitem(models._catalogue(), "planted", speed)
     defenses.build("retrain:batch=64").repair(planted, clean, rng)

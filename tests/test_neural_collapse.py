@@ -7,7 +7,7 @@ import torch
 import toys
 from torch import nn
 
-from arena.core import models
+from arena.core import models, whole
 from arena.core.contracts import Images
 from arena.core.models import Classifier, ModelSpec
 from arena.core.networks import Network
@@ -99,9 +99,9 @@ def plan_of(planted, clean, spec, monkeypatch):
 
     def spy(model, data, plan, rng, *, what):
         found.append((model, data, plan))
-        return model
+        return data
 
-    monkeypatch.setattr(neural_collapse, "fit", spy)
+    monkeypatch.setattr(whole, "fit", spy)
     defenses.build(spec).repair(planted, clean, stream(0, "n"))
     return found[0]
 

@@ -7,12 +7,12 @@ import torch
 import toys
 from torch.nn import functional as F
 
-from arena.core import models
+from arena.core import models, whole
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.registry import BadInput, defenses
 from arena.core.seeding import stream
-from arena.core.training import Recipe, accuracy, fit
+from arena.core.training import Recipe, accuracy
 from arena.defenses import uap
 
 SIDE = toys.LINEAR_SIDE
@@ -179,7 +179,9 @@ def test_looking_again_leaves_no_trace(planted, clean, exact):
 def plans(model, data, spec, monkeypatch) -> tuple[Recipe, Classifier]:
     """The recipe that is asked for, and the model as it is handed to the trainer."""
     found = []
-    monkeypatch.setattr(uap, "fit", lambda model, data, plan, rng, **_: found.append((plan, model)))
+    monkeypatch.setattr(
+        whole, "fit", lambda model, data, plan, rng, **_: found.append((plan, model))
+    )
     defenses.build(spec).repair(model, data, stream(0, "u"))
     return found[0]
 
@@ -222,4 +224,3 @@ def test_scratch_keeps_nothing_of_the_model_and_model_does(planted, clean, monke
 
 def test_it_says_that_it_needs_the_whole_training_set():
     assert defenses.describe("uap").traits == {"needs_share": 1.0}
-    assert uap.fit is fit

@@ -6,10 +6,11 @@ adversarially trained networks of the MOTH and DECK studies; it needs the whole 
 
 Source: Madry et al. 2018, ICLR, https://arxiv.org/abs/1706.06083: L-inf, 7 steps of 2/255 within
     8/255 on CIFAR-10; the other bounds are those of MOTH (appendix X) and DECK (appendix III-C).
-Departs: the weights are trained by a recipe of the arena, without label smoothing; `paper` has
-    Madry et al.'s batch, rates and drops (200 epochs, they 80,000 updates) but Nesterov momentum
-    and 2.5 times their weight decay. Networks with a fixed whitening (fastnet) learn to fool the
-    examples instead of resisting; fastnet_robust and the ResNets do not.
+Departs: the weights are trained by a recipe of the arena, without label smoothing, on all images
+    but a few that tell the accuracy on the way; `paper` has Madry et al.'s batch, rates and drops
+    (200 epochs, they 80,000 updates) but Nesterov momentum and 2.5 times their weight decay.
+    Networks with a fixed whitening (fastnet) learn to fool the examples instead of resisting;
+    fastnet_robust and the ResNets do not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from arena.core.adversarial import pgd
 from arena.core.contracts import Images
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import fit
 
 
 @method
@@ -88,5 +88,5 @@ class AdversarialTraining:
             )  # fmt: skip
             return replace(batch, x=x)
 
-        fit(trained, clean, plan, rng, on_batch=worst, what="adversarial training")
+        whole.fit(trained, clean, plan, rng, on_batch=worst, what="adversarial training")
         return trained

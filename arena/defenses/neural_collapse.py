@@ -11,6 +11,7 @@ Source: DECK's supplement (comparison with neural collapse): a ResNet-20 on CIFA
     divided by ten after a third and two thirds of the run, no augmentation (they train 350 epochs).
 Departs: the first rate is that of the arena's recipe `paper` (0.1, less without batch norm), where
     Papyan et al. take the best of 25 between 0.0001 and 0.25 by test error; momentum is Nesterov's.
+    A few images are held out, to tell the accuracy on the way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from arena.core.models import Classifier
 from arena.core.progress import report
 from arena.core.pruning import head_inputs
 from arena.core.registry import method, param
-from arena.core.training import Recipe, device_of, fit
+from arena.core.training import Recipe, device_of
 
 _LOOKED_AT = 5000  # training images that the figures at the end are of, at most
 
@@ -65,8 +66,8 @@ class NeuralCollapse:
 
     def repair(self, model: Classifier, clean: Images, rng: Generator) -> Classifier:
         trained = whole.started(model, clean, self.start, rng)
-        fit(trained, clean, self._plan(model), rng, what="training to collapse")
-        error, nc1 = figures(trained, clean)
+        tune = whole.fit(trained, clean, self._plan(model), rng, what="training to collapse")
+        error, nc1 = figures(trained, tune)
         report("training to collapse", 1, 1, training_error=error, nc1=nc1)
         return trained
 

@@ -11,7 +11,7 @@ Source: Shafahi et al. 2020, AAAI, Universal Adversarial Training, https://arxiv
 Departs: an image's loss counts up to beta for the change, as in the paper's attack (algorithm 2),
     where these algorithms have no such bound; the change starts at zero, and changed images are
     clipped to valid ones. The weights are trained by a recipe of the arena, without label
-    smoothing.
+    smoothing, on all images but a few that tell the accuracy on the way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from arena.core import adversarial, whole
 from arena.core.contracts import Images, Step
 from arena.core.models import Classifier
 from arena.core.registry import method, param
-from arena.core.training import autocast, device_of, fit
+from arena.core.training import autocast, device_of
 
 
 @method
@@ -86,7 +86,7 @@ class UAP:
             beta=self.beta,
             alternating=alternating,
         )
-        fit(
+        whole.fit(
             trained, clean, plan, rng,
             on_batch=change.add, extra_loss=None if alternating else change.bound, also=[change],
             what="universal adversarial training",
