@@ -176,7 +176,7 @@ def test_features_collapse_when_training_goes_on(monkeypatch):
         defense = defenses.build(f"neural_collapse:epochs={epochs},batch=20,lr=0.01")
         with listening(listener):
             repaired = defense.repair(model, images, stream(0, "n"))
-        assert accuracy(repaired, images) == 1
+        assert accuracy(repaired, images) >= 118 / 120  # two were held out
     short, long = told
     assert short["training_error"] == long["training_error"] == 0
     assert long["nc1"] < 0.4 * short["nc1"]
