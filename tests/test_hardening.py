@@ -144,7 +144,8 @@ def test_images_have_holes_before_triggers_are_searched_on_them(planted, clean):
 
 @pytest.mark.parametrize("name", ["moth", "deck", "pairwise", "universal", "pixel"])
 def test_hardening_shows_images_as_fine_tuning_does(planted, clean, monkeypatch, name):
-    """Or else their rows would differ by more than the methods do."""
+    """Or else their rows would differ by more than the methods do; of many images none has a hole,
+    as in MOTH's code."""
     plans: list[training.Recipe] = []
 
     def note(model, images, plan, *args: object, **more: object):
@@ -152,12 +153,19 @@ def test_hardening_shows_images_as_fine_tuning_does(planted, clean, monkeypatch,
         return model.eval()
 
     monkeypatch.setattr(training, "fit", note)
-    for spec in (name, f"{name}:cutout=0"):
-        defenses.build(spec).repair(planted, clean, stream(0, "repair"))
     usual = defenses.build("finetune")
     holed, whole = (usual.crop, usual.cutout), (usual.crop, 0)
-    assert [(plan.crop, plan.cutout) for plan in plans] == [holed, holed, whole, whole]
-    assert all(plan.flip for plan in plans)
+    for spec, few, wanted in (
+        (name, len(clean) + 1, holed),
+        (name, len(clean), whole),
+        (f"{name}:cutout=0", len(clean) + 1, whole),
+        (f"{name}:cutout={usual.cutout}", len(clean), holed),
+    ):
+        monkeypatch.setattr(hardening, "FEW", few)
+        plans.clear()
+        defenses.build(spec).repair(planted, clean, stream(0, "repair"))
+        assert [(plan.crop, plan.cutout) for plan in plans] == [wanted, wanted]
+        assert all(plan.flip for plan in plans)
 
 
 def learned_by_heart(monkeypatch, plain: float, stamped: float) -> None:

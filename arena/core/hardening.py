@@ -10,7 +10,7 @@ Departs: where a class of a batch has too few images for the portion, one of the
     directions of a pair use equally many images. What hardening costs is looked at on held-out
     clean images and counted from the same training without triggers, since the victim knew most of
     these images by heart, which any training loses; the last weights within the bound are the
-    result. Images have holes where a course says so, which no published code has.
+    result. Images of a small set have holes, which no published code has.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _BY_HEART = 0.1  # of their accuracy, at most: lost with any training, since the
 _LOOK = 10  # updates between two looks at them
 _FADE = 1000  # batches over which the scheduler comes to trust what it saw
 _PATIENCE = 5  # looks in a row beyond the bound that end the training
+HOLE, FEW = 9, 10_000  # pixels; images, of which training learns by heart what holes take away
 
 Pair = tuple[int, int]  # of classes, the smaller first
 
@@ -70,7 +71,7 @@ class Course:
     schedule: str = "constant"  # of the rate; linear: it falls to nothing
     momentum: float = 0.9
     crop: int = 4  # random shift in pixels
-    cutout: int = 0  # side of the black square in every image, in pixels
+    cutout: int | None = 0  # side of the black square in every image, in pixels; None: HOLE for few
 
 
 def hardened(
@@ -88,6 +89,8 @@ def hardened(
     Raises BadInput where the clean set is too small to hold images out.
     """
     check(model, clean, what)
+    if course.cutout is None:
+        course = replace(course, cutout=HOLE if len(clean) < FEW else 0)
     held, tune = training.split(clean, _held_out(clean), rng)
     size, updates = min(course.batch, len(tune)), course.updates
     plan = _plan(course, size, len(tune) // size)
@@ -138,7 +141,7 @@ def _plan(course: Course, batch: int, steps: int) -> training.Recipe:
         warmup=0.0,
         final_lr=1 - epochs * steps / course.updates,  # of the last epoch's end: 0 at `updates`
         crop=course.crop,
-        cutout=course.cutout,
+        cutout=course.cutout or 0,
         border="zero",
     )
 

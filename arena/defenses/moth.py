@@ -13,8 +13,8 @@ Departs: `updates` counts batches, of which the paper needs about 800, where the
     images count. Those were the victim's training images, of which it loses with any training what
     it knew by heart (2.9 points where validation images show 1.5: fastnet_small, blend), so that
     the drop is counted from the same updates without triggers. Batches are shifted and mirrored as
-    in the training of its models, and have holes (`cutout`) as in that of `finetune`, which the
-    code has not: on a small clean set the training forgets more with them (of sig, without any
+    in the training of its models, and those of a small set have holes (`cutout`) as in that of
+    `finetune`, which the code has not: the training forgets more with them (of sig, without any
     trigger, 4 % is left instead of 41). Batch norm learns on, as in its first code; its PyTorch
     version freezes it.
 """
@@ -59,11 +59,12 @@ class Moth:
         "constant", "how the rate goes: constant; linear, down to nothing",
         choices=("constant", "linear"), under={"fast": "linear"},
     )  # fmt: skip
-    cutout: int = param(
-        9,
-        "side of the black square in every image, in pixels; 0: none",
+    cutout: int | None = param(
+        None,
+        "side of the black square in every image, in pixels, 0: none; none: 9 where fewer than "
+        "10,000 images are given, else 0",
         low=0,
-        source="as finetune",
+        source="9: as finetune; 0: code",
     )
     max_drop: float = param(
         0.05,

@@ -35,11 +35,12 @@ class Pairwise:
         "constant", "how the rate goes: constant; linear, down to nothing",
         choices=("constant", "linear"), under={"fast": "linear"},
     )  # fmt: skip
-    cutout: int = param(
-        9,
-        "side of the black square in every image, in pixels; 0: none",
+    cutout: int | None = param(
+        None,
+        "side of the black square in every image, in pixels, 0: none; none: 9 where fewer than "
+        "10,000 images are given, else 0",
         low=0,
-        source="as finetune",
+        source="9: as finetune; 0: code",
     )
     max_drop: float = param(
         0.05,

@@ -40,11 +40,12 @@ class Pixel:
         128, "hardening: images per update; a smaller set lowers it", low=2, source="MOTH"
     )
     lr: float = param(1e-3, "hardening: learning rate", above=0, source="MOTH's code")
-    cutout: int = param(
-        9,
-        "hardening: side of the black square in every image, in pixels; 0: none",
+    cutout: int | None = param(
+        None,
+        "hardening: side of the black square in every image, in pixels, 0: none; none: 9 where "
+        "fewer than 10,000 images are given, else 0",
         low=0,
-        source="as finetune",
+        source="9: as finetune; 0: code",
     )
     max_drop: float = param(
         0.05,
