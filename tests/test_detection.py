@@ -156,6 +156,9 @@ def test_clusters_are_found_among_many_components_of_few_inputs(monkeypatch):
     method = activation_clustering.ActivationClustering()
     scores = method.score(None, torch.zeros(100), None, stream(0))
     assert torch.equal(scores.bool(), stamped)
+    studied = activation_clustering.ActivationClustering(principal=False)
+    scores = studied.score(None, torch.zeros(100), None, stream(0))
+    assert not torch.equal(scores.bool(), stamped), "random starts alone, as in the SDRM study"
 
 
 def test_inputs_that_are_alike_inside_are_not_suspected(monkeypatch):

@@ -41,6 +41,11 @@ class ActivationClustering:
     starts: int = param(
         10, "random starts of k-means", low=1, source="scikit-learn's default, in those years"
     )
+    principal: bool = param(
+        True,
+        "k-means also starts from the best split along each principal direction",
+        source="SDRM: no",
+    )
 
     def score(self, model: Classifier, x: Tensor, clean: Images, rng: Generator) -> Tensor:
         """(N,) 1 in the smaller cluster, 0 in the larger one. Raises BadInput below 4 inputs."""
@@ -58,8 +63,9 @@ class ActivationClustering:
             warnings.simplefilter("ignore", ConvergenceWarning)  # usual, and harmless to clusters
             analysis = FastICA(whiten="unit-variance", max_iter=1000, random_state=seed)
             reduced = analysis.fit_transform(principal.numpy())
+        directions = principal if self.principal else principal[:, :0]
         clusters = torch.from_numpy(
-            split_in_two(reduced, principal.numpy(), self.starts, seed)
+            split_in_two(reduced, directions.numpy(), self.starts, seed)
         ).bool()
         smaller = clusters if clusters.sum() * 2 <= len(x) else ~clusters
         return smaller.float()
