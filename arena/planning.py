@@ -230,13 +230,15 @@ def estimate(task: Victim | Cell, board: Board, device: str, past: Mapping[str, 
         train = 3 * epochs * n * setting.flops / rate
         if hasattr(victim.attack, "train"):  # it has more to do in every step
             train *= 2
-        train = past.get(_habit(victim), train)
+        name = victim.attack.method_name if hasattr(victim.attack, "train") else "victim"
+        train = past.get(f"{_where(setting)}/{name}", train)
         bytes_ = setting.weights_bytes + test * image + 0.1 * n * image
         return Estimate(train + scoring, bytes_)
     work = 3 * 30 * board.clean_share * n * setting.flops / rate
     if task.defense.method_name in ("none", "random_prune"):
         work = 0.5
-    return Estimate(past.get(_habit(task), work) + scoring, setting.weights_bytes)
+    spent = past.get(f"{_where(setting)}/{board.clean_share:g}/{spec_of(task.defense)}", work)
+    return Estimate(spent + scoring, setting.weights_bytes)
 
 
 def measuring_seconds(
@@ -248,20 +250,13 @@ def measuring_seconds(
     return past.get(f"{_where(setting)}/measure/{asked.spec}", guess)
 
 
-def _habit(task: Victim | Cell) -> str:
-    victim = task.victim if isinstance(task, Cell) else task
-    where = _where(victim.setting)
-    if isinstance(task, Cell):
-        return f"{where}/{spec_of(task.defense)}"
-    return f"{where}/{task.attack.method_name if hasattr(task.attack, 'train') else 'victim'}"
-
-
 def _where(setting: Setting) -> str:
     return f"{setting.dataset.fingerprint}/{setting.model}/{setting.recipe}"
 
 
 def past_seconds(store: Store) -> dict[str, float]:
-    """How long victims, defenses and measures took in this store, by data, model and recipe."""
+    """How long victims, defenses and measures took in this store, by data, model and recipe, and
+    defenses by their share of clean images."""
     found: dict[str, float] = {}
     for record in store.records():
         with suppress(KeyError, TypeError):
@@ -270,7 +265,8 @@ def past_seconds(store: Store) -> dict[str, float]:
             controls = attack["threat"] == "controls training"
             trained = f"{where}/{attack['name'] if controls else 'victim'}"
             found[trained] = float(record["victim_budget"]["seconds"])
-            found[f"{where}/{record['defense']['spec']}"] = float(record["budget"]["seconds"])
+            repair = f"{record['clean_share']:g}/{record['defense']['spec']}"
+            found[f"{where}/{repair}"] = float(record["budget"]["seconds"])
             for spec, measured in record.get("measures", {}).items():
                 if measured["status"] == "ok" and not measured["after"]["resumed"]:
                     found[f"{where}/measure/{spec}"] = float(measured["after"]["seconds"])

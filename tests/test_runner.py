@@ -302,6 +302,19 @@ def test_estimates_cover_all_that_is_to_do_and_write_nothing(plan: Plan, tmp_pat
     assert not store.root.exists()
 
 
+def test_a_repair_takes_as_long_as_it_did_with_as_many_images(
+    done: tuple[Plan, Store, Summary], tmp_path: Path
+) -> None:
+    known, store = done[1].record(cell_of(done[0], "patch", "finetune").key), Store(tmp_path / "s")
+    assert known is not None
+    store.create()
+    store.write_record({**known, "budget": {**known["budget"], "seconds": 1e6}})
+    for share, least, most in ((TINY.clean_share, 1e6, 1e6 + 60), (0.5, 0, 60)):
+        again = small(dataclasses.replace(TINY, seed=(1,), clean_share=share))
+        found = Runner(again, store).estimate()[cell_of(again, "patch", "finetune").key]
+        assert least <= found.seconds <= most
+
+
 def test_a_key_changes_with_what_makes_the_result(plan: Plan) -> None:
     def keys(**changes: Any) -> set[str]:
         return {cell.key for cell in small(dataclasses.replace(TINY, **changes)).cells}
