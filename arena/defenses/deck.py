@@ -61,10 +61,10 @@ class Deck:
     )  # fmt: skip
     cutout: int | None = param(
         None,
-        "side of the black square in every image, in pixels, 0: none; none: 9 where fewer than "
-        "10,000 images are given, else 0",
+        "side of the black square cut into every image, in pixels; 0 cuts nothing, none stands for "
+        "9 where fewer than 10,000 images are given and for 0 where more are",
         low=0,
-        source="9: as finetune; 0: code",
+        source="9: as finetune; 0: paper, which cuts nothing",
     )
     max_drop: float = param(
         0.05,
