@@ -680,7 +680,7 @@ def distance(
         from arena.subjects import of_cell
 
         other = of_cell(opened, baseline, data_dir)
-    with _status("inverting triggers", quiet=as_json):
+    with _status("inverting triggers", quiet=as_json), opened.unless_refused():
         if encoder is not None:
             method = inverting.with_encoder(method, encoder, subject, opened)
             question = dataclasses.replace(question, method=method)
@@ -747,7 +747,7 @@ def invert(
     opened, subject = _subject(
         cell, checkpoint, model, _named(dataset, images), data_dir, store, trust_pickle, labels
     )
-    with _status("inverting a trigger", quiet=as_json):
+    with _status("inverting a trigger", quiet=as_json), opened.unless_refused():
         if encoder is not None:
             method = inverting.with_encoder(method, encoder, subject, opened)
             question = dataclasses.replace(question, method=method)
@@ -806,7 +806,7 @@ def scan(
     opened, subject = _subject(
         cell, checkpoint, model, dataset, data_dir, store, trust_pickle, labels
     )
-    with _status("scanning", quiet=as_json):
+    with _status("scanning", quiet=as_json), opened.unless_refused():
         found, trigger = scanning.scan(
             subject, method, opened, clean_share=share, recipe=recipe, device=_device(device)
         )
@@ -870,7 +870,7 @@ def repair(
         cell, checkpoint, model, dataset, data_dir, store, trust_pickle,
         "model" if asking else labels,
     )  # fmt: skip
-    with _status("repairing", quiet=as_json):
+    with _status("repairing", quiet=as_json), opened.unless_refused():
         if asking:
             raise BadInput(repairing.unlabelled(subject, question, opened, device=_device(device)))
         found, weights = repairing.repair(subject, question, opened, device=_device(device))

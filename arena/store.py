@@ -23,8 +23,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +146,36 @@ class Store:
                 f"The store {str(self.root)!r} cannot be written ({error.strerror}); "
                 "name another folder with --store."
             ) from error
+
+    @contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """What is done within and refused in the end (BadInput) takes the folders that it made away
+        again, unless something is kept in them by then or somebody else works there."""
+        made = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+        try:
+            yield
+        except BadInput:
+            if made and not self._is_used():
+                shutil.rmtree(self.root, ignore_errors=True)
+                for folder in made[1:]:
+                    with suppress(OSError):
+                        folder.rmdir()
+            raise
+
+    def _is_used(self) -> bool:
+        """Whether anything is kept here, or anybody works here."""
+        from filelock import FileLock, Timeout
+
+        kept = ("artifacts", "records", "boards", "scratch", "damaged", "pictures")
+        if any(path.is_file() for name in kept for path in (self.root / name).rglob("*")):
+            return True
+        try:
+            for path in (self.root / "locks").glob("*.lock"):
+                with FileLock(path).acquire(timeout=0):
+                    pass
+        except Timeout:
+            return True
+        return False
 
     # -------------------------------------------------------------------------------- artifacts
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -403,3 +404,43 @@ def test_scratch_is_made_and_cleared(store: Store) -> None:
     store.clear_scratch(KEY)
     store.clear_scratch(KEY)
     assert list(store.scratch(KEY).iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------ refused work
+
+
+def refuse(store: Store, do: Callable[[], object] = lambda: None) -> None:
+    """Work that is refused after it did something."""
+
+    def work() -> None:
+        with store.unless_refused():
+            store.create()
+            with store.lock(KEY):
+                store.scratch(KEY)
+                do()
+            raise BadInput("no")
+
+    with pytest.raises(BadInput, match="no"):
+        work()
+
+
+def test_refused_work_leaves_nothing_behind(tmp_path: Path) -> None:
+    refuse(Store(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    refuse(Store(tmp_path / "a" / "b"))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+    Store(tmp_path / "a" / "b").create()
+    refuse(Store(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b" / "store.json").exists(), "it was there before"
+
+
+def test_refused_work_spares_what_others_keep_or_do(tmp_path: Path) -> None:
+    store, other = Store(tmp_path / "new"), "ab" + "1" * 62
+    refuse(store, lambda: store.save(other, {"w": {"x": torch.zeros(1)}}, {}))
+    assert store.artifact(other) is not None
+    store = Store(tmp_path / "newer")
+    others = store.lock(other)  # held when this work ends
+    refuse(store, others.acquire)
+    assert (store.root / "locks" / f"{other}.lock").exists()
+    others.release()

@@ -306,14 +306,27 @@ def test_a_trigger_is_tried_on_no_image_that_it_was_searched_on(store, cells):
         (("invert", "-t", 1, "-v", 1), "are both class 1"),
         (("distance", "--memory", "nan"), "--memory must be"),
         (("invert", "-t", 1, "--memory", -1), "--memory must be"),
+        (("distance", "--memory", 0.00001), "One problem needs about"),
+        (("invert", "-t", 1, "--memory", 0.00001), "One problem needs about"),
+        (("distance", "--method", "abs", "--pairs", "0:1"), "no inner convolution"),
+        (("scan", "--method", "abs"), "no inner convolution"),
+        (("repair", "-D", "anp"), "batch norm"),
     ],
 )
-def test_what_cannot_be_searched_leaves_no_store(tmp_path, network, words, told):
-    save_file(network.state_dict(), tmp_path / "net.safetensors")
-    given = ("--checkpoint", tmp_path / "net.safetensors", "--model", "fastnet_small")
-    given += ("-d", "signs:size=400,classes=5", "--device", "cpu", "--store", tmp_path / "new")
+def test_what_cannot_be_searched_leaves_no_store(tmp_path, words, told):
+    """Of a network whose only layer is that of its logits."""
+    lines = "from torch import nn", "def make():"
+    lines += ("    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))",)
+    (tmp_path / "net.py").write_text("\n".join(lines))
+    weights = {"1.weight": torch.zeros(5, 3 * 32 * 32), "1.bias": torch.arange(5.0)}
+    save_file(weights, tmp_path / "net.safetensors")
+    there = sorted(path.name for path in tmp_path.iterdir())
+    given = ("--checkpoint", tmp_path / "net.safetensors", "--model", f"{tmp_path}/net.py:make")
+    given += ("-d", "signs:size=400,classes=5", "--device", "cpu", "--store", tmp_path / "a" / "b")
+    if words[0] == "repair":
+        given += ("-o", tmp_path / "out.safetensors")
     assert_refused(arena(words[0], *given, *words[1:]), told)
-    assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".pyc") == there
 
 
 def test_what_is_left_of_a_pruned_trigger():
