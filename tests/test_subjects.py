@@ -317,16 +317,18 @@ def test_what_cannot_be_searched_leaves_no_store(tmp_path, words, told):
     """Of a network whose only layer is that of its logits."""
     lines = "from torch import nn", "def make():"
     lines += ("    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))",)
-    (tmp_path / "net.py").write_text("\n".join(lines))
+    brought, made = tmp_path / "brought", tmp_path / "made"  # Python may keep bytecode in the first
+    for folder in (brought, made):
+        folder.mkdir()
+    (brought / "net.py").write_text("\n".join(lines))
     weights = {"1.weight": torch.zeros(5, 3 * 32 * 32), "1.bias": torch.arange(5.0)}
-    save_file(weights, tmp_path / "net.safetensors")
-    there = sorted(path.name for path in tmp_path.iterdir())
-    given = ("--checkpoint", tmp_path / "net.safetensors", "--model", f"{tmp_path}/net.py:make")
-    given += ("-d", "signs:size=400,classes=5", "--device", "cpu", "--store", tmp_path / "a" / "b")
+    save_file(weights, brought / "net.safetensors")
+    given = ("--checkpoint", brought / "net.safetensors", "--model", f"{brought}/net.py:make")
+    given += ("-d", "signs:size=400,classes=5", "--device", "cpu", "--store", made / "a" / "b")
     if words[0] == "repair":
-        given += ("-o", tmp_path / "out.safetensors")
+        given += ("-o", made / "out.safetensors")
     assert_refused(arena(words[0], *given, *words[1:]), told)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".pyc") == there
+    assert list(made.iterdir()) == []
 
 
 def test_what_is_left_of_a_pruned_trigger():
