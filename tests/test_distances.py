@@ -19,6 +19,7 @@ from arena.core.inversion.distances import (
 )
 from arena.core.inversion.engine import Found, Problem
 from arena.core.registry import BadInput
+from arena.core.seeding import stream
 
 
 def answer(victim, target, size, restart=0, asr=1.0):
@@ -95,11 +96,27 @@ def test_the_improvement_is_a_mean_of_ratios():
 
 def test_an_anomaly_by_hand():
     sizes = torch.tensor([10.0, 12.0, 2.0, 11.0, 13.0])  # median 11; deviations 1 1 9 0 2: MAD 1
-    found = anomalies(sizes)
-    assert float(found.index[2]) == pytest.approx(9 / 1.4826)
-    assert found.flagged == [2]
-    assert found.score == pytest.approx(9 / 1.4826)
+    for least, spread in ((0.0, 1.4826), (0.1, 1.4826), (0.2, 2.2)):
+        found = anomalies(sizes, least)
+        assert float(found.index[2]) == pytest.approx(9 / spread)
+        assert float(found.index[4]) == pytest.approx(-2 / spread)
+        assert found.flagged == [2]
+        assert found.score == pytest.approx(9 / spread)
+    wide = torch.tensor([1.0, 8.0, 11.0, 14.0, 22.0])  # deviations 10 3 0 3 11: MAD 3
+    assert float(anomalies(wide, 0.2).index[0]) == pytest.approx(10 / (3 * 1.4826))
     assert anomalies(torch.tensor([10.0, 12.0, 30.0, 11.0, 13.0])).flagged == [], "large, not small"
+
+
+def test_ten_sizes_that_vary_by_chance_blame_no_class_and_less_than_half_of_them_does():
+    draws = 20 + 2 * torch.randn(500, 10, generator=stream(0, "sizes"))
+    by_paper = sum(bool(anomalies(sizes, 0.0).flagged) for sizes in draws)
+    assert 0.25 < by_paper / len(draws) < 0.42
+    assert not any(anomalies(sizes).flagged for sizes in draws)
+    for sizes in draws:
+        sizes[4] = 0.4 * sizes.median()
+        assert anomalies(sizes).flagged == ([4] if anomalies(sizes, 0.0).index[4] > 2 else [])
+    found = anomalies(torch.tensor([20.0, 20, 20, 20, 9.9, 20, 20, 20, 20, 10.1]))
+    assert found.flagged == [4]
 
 
 def test_anomalies_where_triggers_are_missing_or_alike():

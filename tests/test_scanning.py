@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from arena import scanning
 from arena.core.contracts import Images, Scans
+from arena.core.inversion import scanning as core_scanning
 from arena.core.inversion.engine import Arms, Found, Problem, Search, stamped
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
@@ -121,6 +123,27 @@ def test_a_clean_model_is_far_less_suspicious(scanner):
 def test_few_clean_images_do(scanner):
     found = scanner.scan(model_with(1.5), clean(3 * CLASSES), stream(0, "scan"))
     assert found.target == TARGET
+
+
+def test_with_few_images_a_search_has_as_many_updates(monkeypatch):
+    asked = []
+    monkeypatch.setattr(core_scanning, "invert", lambda *a, **k: asked.append(a[4]) or [])
+    wanted = Search(samples=270, steps=1000, stall=20, patience=10, batch=32)  # 9 batches
+    for n, given in [
+        (40 * CLASSES, wanted),  # 280 of the other classes
+        (30 * CLASSES, replace(wanted, samples=210, steps=2000, stall=40, patience=20)),  # 7
+        (3 * CLASSES, replace(wanted, samples=21, steps=9000, stall=180, patience=90)),  # 1
+    ]:
+        core_scanning.universal_triggers(
+            model_with(0.0), families.build("nc"), clean(n), wanted, stream(0, "scan"),
+            classes=CLASSES,
+        )  # fmt: skip
+        assert asked.pop() == given
+    core_scanning.universal_triggers(
+        model_with(0.0), families.build("nc"), clean(3 * CLASSES), replace(wanted, stall=None),
+        stream(0, "scan"), classes=CLASSES,
+    )  # fmt: skip
+    assert asked.pop().stall is None
 
 
 def test_a_clean_set_without_a_class_is_refused(scanner):

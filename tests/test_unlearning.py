@@ -241,13 +241,26 @@ def test_all_blamed_classes_are_stamped_and_no_other(rng, given):
     sizes = [19.0, 5, 20, 21, 10, 40, 21, 20]
     kept = given(*(answer(t, s, t / 8) for t, s in enumerate(sizes)))
     model, clean = test_scanning.model_with(0.0), test_scanning.clean()
-    for threshold, count in [(2.0, 2), (6.7, 2), (6.8, 1), (10.1, 1), (10.2, 0)]:
+    by_paper, by_default = {"least_spread": 0.0}, {}  # by default 5, a quarter of 20, is more
+    for fields, threshold, count in [
+        (by_paper, 2.0, 2),
+        (by_paper, 6.7, 2),
+        (by_paper, 6.8, 1),
+        (by_paper, 10.1, 1),
+        (by_paper, 10.2, 0),
+        (by_default, 1.9, 2),
+        (by_default, 2.0, 1),
+        (by_default, 2.9, 1),
+        (by_default, 3.1, 0),
+    ]:
         kept.clear()
-        NC(threshold=threshold).repair(model, clean, rng)
+        scanner = NC(threshold=threshold, **fields)
+        scanner.repair(model, clean, rng)
         assert len(kept.get("unlearn", [])) == count
-        target = NC(threshold=threshold).scan(model, clean, rng).target
-        assert target == (1 if count else None)
-    NC(mitigation="prune").repair(model, clean, rng)
+        found = scanner.scan(model, clean, rng)
+        assert found.target == (1 if count else None)
+        assert (found.score > threshold) == bool(count)
+    NC(mitigation="prune", least_spread=0.0).repair(model, clean, rng)
     assert list(kept["prune"]) == [1, 4]
     assert [shade_of(one) for one in kept["prune"].values()] == pytest.approx(
         [1 / 8, 4 / 8], abs=0.01

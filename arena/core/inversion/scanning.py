@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor, nn
 
 from arena.core.contracts import Images, Verdict
-from arena.core.inversion.distances import anomalies, smallest_by_target, universal_problems
+from arena.core.inversion.distances import (
+    LEAST_SPREAD,
+    anomalies,
+    smallest_by_target,
+    universal_problems,
+)
 from arena.core.inversion.engine import Family, Found, Search, invert, stamped
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput
@@ -27,25 +34,45 @@ def universal_triggers(
 ) -> list[Found]:
     """Triggers from all other classes to each, on images of the clean set.
 
-    Where a class has too few images for the search's samples, fewer are used for all.
+    Where a class has too few images for the search's samples, fewer are used for all, and as many
+    more passes made, so that a search has as many updates and ends no sooner.
     """
     counts = torch.bincount(clean.y.cpu(), minlength=classes)
     if missing := (counts == 0).nonzero().flatten().tolist():
         raise BadInput(
             f"The clean set has no image of class {missing[0]}; a scan needs one or more of each."
         )
-    most = int(counts.min()) * (classes - 1)
-    fitting = Search(**{**vars(search), "samples": min(search.samples, most)})
+    fitting = _fitting(search, int(counts.min()) * (classes - 1))
     problems = universal_problems(classes, restarts)
     return invert(
         Frozen(model), family, problems, clean, fitting, seed=draw_seed(rng), what="scanning"
     )
 
 
-def verdict(family: Family, found: Sequence[Found], classes: int, shape: Sequence[int]) -> Verdict:
+def _fitting(search: Search, most: int) -> Search:
+    """The search on `most` images at most, with about as many updates altogether."""
+    if most >= search.samples:
+        return search
+    updates, fewer = (math.ceil(count / search.batch) for count in (search.samples, most))
+    longer = math.ceil(updates / fewer)
+    return replace(
+        search,
+        samples=most,
+        steps=search.steps * longer,
+        patience=search.patience * longer,
+        stall=None if search.stall is None else search.stall * longer,
+    )
+
+
+def verdict(
+    family: Family,
+    found: Sequence[Found],
+    classes: int,
+    shape: Sequence[int],
+    least_spread: float = LEAST_SPREAD,
+) -> Verdict:
     """The class whose universal trigger is unusually small, by Neural Cleanse's anomaly index."""
-    sizes = smallest_by_target(found, classes)
-    anomaly = anomalies(sizes)
+    anomaly = anomalies(smallest_by_target(found, classes), least_spread)
     target = anomaly.flagged[0] if anomaly.flagged else None
     return Verdict(anomaly.score, target, anomaly.index, picture(family, found, target, shape))
 
