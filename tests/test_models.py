@@ -248,8 +248,13 @@ def test_no_images_cannot_calibrate():
         models.calibrate(make("cnn"), shades(n=0))
 
 
-def test_the_first_filters_of_the_robust_fastnet_magnify_nothing():
-    steep, gentle = (make(name).body for name in ("fastnet", "fastnet_robust"))
+@pytest.mark.parametrize(
+    "names", [("fastnet", "fastnet_robust"), ("fastnet_small", "fastnet_robust_small")]
+)
+def test_the_first_filters_of_the_robust_fastnets_magnify_nothing(names):
+    steep, gentle = (make(name).body for name in names)
+    shapes = [{key: value.shape for key, value in b.state_dict().items()} for b in (steep, gentle)]
+    assert shapes[0] == shapes[1]
     x = F.avg_pool2d(2 * torch.randn(30, 3, 34, 34, generator=stream(0, "x")), 3, stride=1)
     for body in (steep, gentle):
         body.initialise(x)  # smooth images: most components are faint

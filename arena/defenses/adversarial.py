@@ -10,7 +10,7 @@ Departs: the weights are trained by a recipe of the arena, without label smoothi
     but a few that tell the accuracy on the way; `paper` has Madry et al.'s batch, rates and drops
     (200 epochs, they 80,000 updates) but Nesterov momentum and 2.5 times their weight decay.
     Networks with a fixed whitening (fastnet) learn to fool the examples instead of resisting;
-    fastnet_robust and the ResNets do not.
+    fastnet_robust, fastnet_robust_small and the ResNets do not.
 """
 
 from __future__ import annotations
