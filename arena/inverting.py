@@ -42,6 +42,8 @@ from arena.referee.keeping import FileCheckpoint
 from arena.store import Store, digest
 from arena.subjects import Subject
 
+_HELD = 512 * 2**20  # bytes of triggers in memory and in one file of the store, at most
+
 
 @dataclass(frozen=True)
 class Question:
@@ -128,8 +130,10 @@ def answers(
     *,
     device: str = "cpu",
     memory: float | None = None,
+    what: str = "inverting triggers",
 ) -> tuple[list[Found], float]:
-    """The engine's answers and the seconds that they took. Raises BadInput."""
+    """The engine's answers and the seconds that they took; what: in front of the progress. Raises
+    BadInput."""
     family, search = question.family, question.search
     images = getattr(subject.data, question.split)
     check_images(family, problems, images, search.samples, question.seed)
@@ -162,6 +166,7 @@ def answers(
                 seed=question.seed,
                 memory=memory,
                 checkpoint=checkpoint,
+                what=what,
             )
             figures = [(one.size, one.asr, one.steps) for one in found]
             triggers = {
@@ -173,14 +178,56 @@ def answers(
             seconds = time.monotonic() - started
             kept = store.save(key, {"triggers": triggers}, {**meta, "seconds": seconds})
             store.clear_scratch(key)
-    tensors = kept.tensors("triggers")
-    found = []
-    for place, (size, asr, steps) in enumerate(kept.meta["figures"]):
-        own = f"{place}."
-        trigger = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
-        found.append(Found(problems[place], size, asr, trigger, steps))
+    states: list[dict[str, Tensor]] = [{} for _ in problems]
+    for key, value in kept.tensors("triggers").items():
+        place, _, name = key.partition(".")
+        states[int(place)][name] = value
+    found = [
+        Found(problem, size, asr, trigger, steps)
+        for problem, (size, asr, steps), trigger in zip(
+            problems, kept.meta["figures"], states, strict=True
+        )
+    ]
     told = retold(found, family, images, question.samples, question.seed)
     return told, float(kept.meta["seconds"])
+
+
+def sizes(
+    subject: Subject,
+    question: Question,
+    problems: Sequence[Problem],
+    store: Store,
+    *,
+    device: str = "cpu",
+    memory: float | None = None,
+) -> tuple[list[Found], float]:
+    """As `answers`, but of triggers nothing more than their sizes and success.
+
+    They are asked for in portions, each kept by itself: all triggers of 43 classes, say, are
+    gigabytes for some families. What a problem's answer is does not depend on its portion.
+    """
+    images = getattr(subject.data, question.split)
+    check_images(question.family, problems, images, question.search.samples, question.seed)
+    portion = _portion(question, images, problems[0], memory)
+    parts = [problems[at : at + portion] for at in range(0, len(problems), portion)]
+    found, seconds = [], 0.0
+    for number, part in enumerate(parts, 1):
+        what = "inverting triggers" + (f", part {number} of {len(parts)}" if parts[1:] else "")
+        more, took = answers(
+            subject, question, part, store, device=device, memory=memory, what=what
+        )
+        found += [replace(one, trigger={}) for one in more]
+        seconds += took
+    return found, seconds
+
+
+def _portion(question: Question, images: Images, problem: Problem, memory: float | None) -> int:
+    """How many triggers may be held at once."""
+    rows = rows_of(problem, images.y.cpu(), question.search.samples, question.seed)
+    x = training.to_float(images.x[rows.to(images.x.device)].cpu())
+    one = question.family.begin(x, stream(question.seed, "portion"))
+    each = sum(value.nbytes for value in one.values())
+    return max(1, int(min(_HELD, memory or _HELD) // each))
 
 
 def class_distances(
@@ -205,7 +252,7 @@ def class_distances(
             f"The baseline is of {baseline.data.name}, the model of {subject.data.name}; "
             "distances compare on one data set."
         )
-    found, seconds = answers(subject, question, problems, store, device=device, memory=memory)
+    found, seconds = sizes(subject, question, problems, store, device=device, memory=memory)
     matrix = measures.distances(found, classes)
     family = question.family
     out: dict[str, Any] = {
@@ -234,7 +281,7 @@ def class_distances(
         "seconds": seconds,
     }
     if baseline is not None:
-        old, more = answers(baseline, question, problems, store, device=device, memory=memory)
+        old, more = sizes(baseline, question, problems, store, device=device, memory=memory)
         before = measures.distances(old, classes)
         out["baseline"] = {"model": baseline.name, "mean": before.mean, "seconds": more}
         out["improvement"] = measures.improvement(matrix.size, before.size)

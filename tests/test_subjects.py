@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from arena.core.registry import BadInput
 from arena.core.seeding import stream
 from arena.inverting import Question, pruned, rescaled, rotated, with_encoder
 from arena.store import Store
-from arena.subjects import of_checkpoint
+from arena.subjects import of_cell, of_checkpoint
 
 FEW = ("--samples", 5, "--steps", 3, "--restarts", 2, "--pairs", "0:1,2:0", "--device", "cpu")
 
@@ -248,6 +249,56 @@ def test_a_search_that_stalls_ends_early(store, cells):
     assert (whole["stall"], short["stall"]) == (None, 5)
     assert short["passes"] < whole["passes"] == 400
     assert short["distances"][0][1] >= whole["distances"][0][1]
+
+
+def test_distances_hold_few_triggers_at_once_and_go_on_behind_the_last_portion(
+    store, cells, monkeypatch, tmp_path
+):
+    each = (1 + 3) * 32 * 32 * 4  # bytes: mask and pattern
+    subject = of_cell(Store(store), cells["patch"])
+    question = Question("nc", restarts=2, samples=5, steps=3, asr=0.01)
+    asked, real = [], inverting.invert
+
+    def watched(model, family, problems, *rest, **more):
+        if fails and asked:
+            raise KeyboardInterrupt
+        asked.append((len(problems), more["what"]))
+        return real(model, family, problems, *rest, **more)
+
+    def measured(place):
+        asked.clear()
+        found = inverting.class_distances(subject, question, "0:1,2:0", Store(tmp_path / place))
+        return {name: value for name, value in found.items() if name != "seconds"}
+
+    fails = False
+    monkeypatch.setattr(inverting, "invert", watched)
+    whole = measured("whole")
+    assert asked == [(4, "inverting triggers")]
+    monkeypatch.setattr(inverting, "_HELD", 3 * each)
+    fails = True
+    with pytest.raises(KeyboardInterrupt):
+        measured("parts")
+    assert asked == [(3, "inverting triggers, part 1 of 2")]
+    fails = False
+    assert measured("parts") == whole
+    assert asked == [(1, "inverting triggers, part 2 of 2")]
+    problems = inverting.measures.problems_of([(0, 1), (2, 0)], 2)
+    sizes, seconds = inverting.sizes(subject, question, problems, Store(tmp_path / "parts"))
+    assert [one.trigger for one in sizes] == [{}] * 4
+    assert seconds > 0
+    for memory, count in ((None, 3), (2.5 * each, 2), (9 * each, 3), (1, 1)):
+        held = inverting._portion(question, subject.data.val, problems[0], memory)
+        assert held == count
+
+
+def test_images_of_all_pairs_are_there_before_any_portion_is_searched(store, cells, monkeypatch):
+    monkeypatch.setattr(inverting, "_HELD", 1)
+    monkeypatch.setattr(inverting, "answers", lambda *_, **__: pytest.fail("searched"))
+    subject = of_cell(Store(store), cells["patch"])
+    few = replace(subject.data.val, y=subject.data.val.y.clamp_max(3))  # none of class 4
+    subject = replace(subject, data=replace(subject.data, val=few))
+    with pytest.raises(BadInput, match="no images of class 4"):
+        inverting.class_distances(subject, Question("nc", samples=5), "0:1,4:0", Store(store))
 
 
 # ---------------------------------------------------------------------------------- arena invert
