@@ -132,8 +132,10 @@ def answers(
     memory: float | None = None,
     what: str = "inverting triggers",
 ) -> tuple[list[Found], float]:
-    """The engine's answers and the seconds that they took; what: in front of the progress. Raises
-    BadInput."""
+    """The engine's answers and the seconds that they took. Raises BadInput.
+
+    what: this in front of the progress.
+    """
     family, search = question.family, question.search
     images = getattr(subject.data, question.split)
     check_images(family, problems, images, search.samples, question.seed)
@@ -179,8 +181,8 @@ def answers(
             kept = store.save(key, {"triggers": triggers}, {**meta, "seconds": seconds})
             store.clear_scratch(key)
     states: list[dict[str, Tensor]] = [{} for _ in problems]
-    for key, value in kept.tensors("triggers").items():
-        place, _, name = key.partition(".")
+    for label, value in kept.tensors("triggers").items():
+        place, _, name = label.partition(".")
         states[int(place)][name] = value
     found = [
         Found(problem, size, asr, trigger, steps)
