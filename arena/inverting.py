@@ -180,6 +180,7 @@ def answers(
             seconds = time.monotonic() - started
             kept = store.save(key, {"triggers": triggers}, {**meta, "seconds": seconds})
             store.clear_scratch(key)
+            del found, triggers  # they are read below
     states: list[dict[str, Tensor]] = [{} for _ in problems]
     for label, value in kept.tensors("triggers").items():
         place, _, name = label.partition(".")
@@ -219,6 +220,7 @@ def sizes(
             subject, question, part, store, device=device, memory=memory, what=what
         )
         found += [replace(one, trigger={}) for one in more]
+        del more  # with its triggers, before the next part has its own
         seconds += took
     return found, seconds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,13 +258,25 @@ def test_distances_hold_few_triggers_at_once_and_go_on_behind_the_last_portion(
     each = (1 + 3) * 32 * 32 * 4  # bytes: mask and pattern
     subject = of_cell(Store(store), cells["patch"])
     question = Question("nc", restarts=2, samples=5, steps=3, asr=0.01)
-    asked, real = [], inverting.invert
+    asked, seen, real, told = [], [], inverting.invert, inverting.retold
+
+    def remembered(found):
+        seen.extend(weakref.ref(value) for one in found for value in one.trigger.values())
+        return found
 
     def watched(model, family, problems, *rest, **more):
+        assert not any(value() is not None for value in seen), "triggers of a part before"
         if fails and asked:
             raise KeyboardInterrupt
         asked.append((len(problems), more["what"]))
-        return real(model, family, problems, *rest, **more)
+        return remembered(real(model, family, problems, *rest, **more))
+
+    def read(*args):
+        searched = len(seen)
+        assert not any(value() is not None for value in seen), "held twice"
+        found = remembered(told(*args))
+        assert len(seen) > searched
+        return found
 
     def measured(place):
         asked.clear()
@@ -272,6 +285,7 @@ def test_distances_hold_few_triggers_at_once_and_go_on_behind_the_last_portion(
 
     fails = False
     monkeypatch.setattr(inverting, "invert", watched)
+    monkeypatch.setattr(inverting, "retold", read)
     whole = measured("whole")
     assert asked == [(4, "inverting triggers")]
     monkeypatch.setattr(inverting, "_HELD", 3 * each)

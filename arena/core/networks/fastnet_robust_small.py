@@ -1,6 +1,7 @@
 """A quarter of fastnet_robust, for adversarial training on CPUs.
 
 Source: arena.core.networks.fastnet_robust, and what it names; narrower, as fastnet_small is.
+A file of its own, since what was made with fastnet_robust is keyed by the code of its file.
 """
 
 from __future__ import annotations
