@@ -164,28 +164,40 @@ def test_a_scanner_is_no_defense_of_a_board(scanner):
 # -------------------------------------------------------------------------------------- nc, pixel
 
 
+def sizes_are(size_of, monkeypatch):
+    """Searches end at these sizes, by problem."""
+
+    def sized(model, family, problems, images, search, **_):
+        start = family.begin(images.x[:1] / 255, stream(0, "start"))
+        return [Found(one, size_of(one), 1.0, start, steps=1) for one in problems]
+
+    monkeypatch.setattr("arena.core.inversion.scanning.invert", sized)
+
+
 @pytest.mark.parametrize("name", ["nc", "pixel"])
 def test_a_search_that_ends_in_a_local_minimum_hides_no_backdoor(monkeypatch, name):
     """Two searches of three for the planted target end at a size like other classes'."""
 
-    def sized(model, family, problems, images, search, **_):
-        start = family.begin(images.x[:1] / 255, stream(0, "start"))
-        return [
-            Found(
-                one,
-                0.5 if one.target == TARGET and one.restart == 2 else 20.0 - one.target,
-                1.0,
-                start,
-                steps=1,
-            )
-            for one in problems
-        ]
+    def size_of(one):
+        return 0.5 if one.target == TARGET and one.restart == 2 else 20.0 - one.target
 
-    monkeypatch.setattr("arena.core.inversion.scanning.invert", sized)
+    sizes_are(size_of, monkeypatch)
     found = defenses.build(f"{name}:restarts=3").scan(model_with(0.0), clean(), stream(0, "scan"))
     assert found.target == TARGET
     found = defenses.build(f"{name}:restarts=2").scan(model_with(0.0), clean(), stream(0, "scan"))
     assert found.target is None
+
+
+@pytest.mark.parametrize(
+    ("size", "fields", "target"),
+    [(7.0, "", None), (4.0, "", TARGET), (7.0, ":least_spread=0", TARGET)],
+    ids=["half of the median", "a quarter of it", "by the paper's rule"],
+)
+@pytest.mark.parametrize("name", ["nc", "pixel"])
+def test_only_a_trigger_far_smaller_than_others_is_blamed(monkeypatch, name, size, fields, target):
+    sizes_are(lambda one: size if one.target == TARGET else 20.0 - one.target, monkeypatch)
+    found = defenses.build(name + fields).scan(model_with(0.0), clean(), stream(0, "scan"))
+    assert found.target == target
 
 
 @pytest.mark.parametrize("start", ["faint", "random"])

@@ -5,9 +5,10 @@ Source: Tao et al. 2022, MOTH: the distance from class s to class t is the small
     ordered pairs of (new - old) / old (equation 12; DECK's equation 8). Wang et al. 2019, Neural
     Cleanse: a class whose trigger is smaller than the median by more than twice 1.4826 MAD is a
     backdoor's target.
-Departs: that spread counts as at least a quarter of the median. Of few classes it is a guess, and
-    often too small a one: the smallest of ten normal numbers lies more than two of them below the
-    median in a third of all draws. So a backdoor's trigger is also smaller than half the median.
+Departs: that spread can be made to count as at least a share of the median. Of few classes it is a
+    guess, and often too small a one: the smallest of ten normal numbers lies more than two of them
+    below the median in a third of all draws. With a share of 0.34, a class that is blamed also has
+    a trigger smaller than 0.32 of the median.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from arena.core.registry import BadInput
 from arena.core.seeding import stream
 
 ANOMALY = 2.0  # index from which a class counts as a backdoor's target
-LEAST_SPREAD = 0.25  # of sizes, as a share of their median
 _ALIKE = 1e-6  # relative difference of sizes that only rounding tells apart
 _CONSISTENT = 1.4826  # makes the MAD of normal numbers their deviation
 Pair = tuple[int, int]  # victim, target
@@ -147,7 +147,7 @@ class Anomaly:
         return float(known.max()) if len(known) else 0.0
 
 
-def anomalies(sizes: Tensor, least_spread: float = LEAST_SPREAD) -> Anomaly:
+def anomalies(sizes: Tensor, least_spread: float = 0.0) -> Anomaly:
     """Classes whose triggers are unusually small. sizes: (n,) by target; NaN: none was found.
 
     least_spread: what the spread counts as at least, as a share of the median; 0: the paper's.

@@ -10,12 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from arena.core.contracts import Images, Verdict
-from arena.core.inversion.distances import (
-    LEAST_SPREAD,
-    anomalies,
-    smallest_by_target,
-    universal_problems,
-)
+from arena.core.inversion.distances import anomalies, smallest_by_target, universal_problems
 from arena.core.inversion.engine import Family, Found, Search, invert, stamped
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput
@@ -69,9 +64,12 @@ def verdict(
     found: Sequence[Found],
     classes: int,
     shape: Sequence[int],
-    least_spread: float = LEAST_SPREAD,
+    least_spread: float,
 ) -> Verdict:
-    """The class whose universal trigger is unusually small, by Neural Cleanse's anomaly index."""
+    """The class whose universal trigger is unusually small, by Neural Cleanse's anomaly index.
+
+    least_spread: as in `anomalies`.
+    """
     anomaly = anomalies(smallest_by_target(found, classes), least_spread)
     target = anomaly.flagged[0] if anomaly.flagged else None
     return Verdict(anomaly.score, target, anomaly.index, picture(family, found, target, shape))
