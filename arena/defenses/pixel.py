@@ -7,9 +7,9 @@ Source: Tao et al. 2022, CVPR, Better Trigger Inversion Optimization in Backdoor
     positive changes per value; sizes are pixels, the anomaly index is Neural Cleanse's. Scanning
     needs the smooth (tanh) form, hardening (appendix L.1) uses the faster one.
 Departs: `samples` images per class searched; searches may end early (`stall`), like NC's. As in
-    `nc`, the spread of sizes counts as at least 0.34 of their median, which came out alike: the
-    smallest of two clean networks were 0.59 and 0.73 of the median, that of a patch's target 0.04
-    (CIFAR-10, fastnet_small of 5 epochs). It hardens in `updates` batches as `universal` here.
+    `nc`, the spread of sizes counts as at least 0.3 of their median: the smallest of two clean
+    networks were 0.59 and 0.73 of the median, that of a patch's target 0.04 (CIFAR-10,
+    fastnet_small of 5 epochs). It hardens in `updates` batches as `universal` here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Pixel:
     )
     restarts: int = param(3, "searches per class, of which the smallest counts", low=1)
     least_spread: float = param(
-        0.34,
+        0.3,
         "what the spread of the triggers' sizes counts as at least, as a share of their median",
         low=0,
         source="0: paper",

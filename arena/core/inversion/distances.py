@@ -7,8 +7,8 @@ Source: Tao et al. 2022, MOTH: the distance from class s to class t is the small
     backdoor's target.
 Departs: that spread can be made to count as at least a share of the median. Of few classes it is a
     guess, and often too small a one: the smallest of ten normal numbers lies more than two of them
-    below the median in a third of all draws. With a share of 0.34, a class that is blamed also has
-    a trigger smaller than 0.32 of the median.
+    below the median in a third of all draws. With a share of 0.3, a class that is blamed also has a
+    trigger smaller than 0.4 of the median.
 """
 
 from __future__ import annotations
