@@ -13,6 +13,7 @@ from torch import nn
 from arena import scanning
 from arena.core.contracts import Images, Scans
 from arena.core.inversion import scanning as core_scanning
+from arena.core.inversion.distances import smallest_by_target
 from arena.core.inversion.engine import Arms, Found, Problem, Search, stamped
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
@@ -198,6 +199,60 @@ def test_only_a_trigger_far_smaller_than_others_is_blamed(monkeypatch, name, siz
     sizes_are(lambda one: size if one.target == TARGET else 20.0 - one.target, monkeypatch)
     found = defenses.build(name + fields).scan(model_with(0.0), clean(), stream(0, "scan"))
     assert found.target == target
+
+
+def test_of_a_class_s_searches_the_one_with_the_smallest_trigger_goes_on(monkeypatch):
+    """Class 5's have no success yet: there it is the most successful one. Class 2's finds no other
+    trigger."""
+    calls = []
+
+    def inverted(model, family, problems, images, search, *, seed, what, starts=None):
+        calls.append((problems, search.steps, seed, starts))
+        without = (2, 5) if starts else (5,)
+        return [
+            Found(
+                one,
+                None
+                if one.target in without
+                else 20.0 + (one.target - one.restart) % 3 - bool(starts),
+                asr=(one.target - one.restart) % 3 / 3,
+                trigger={"mark": torch.tensor([one.target, one.restart])},
+                steps=search.steps,
+            )
+            for one in problems
+        ]
+
+    monkeypatch.setattr("arena.core.inversion.scanning.invert", inverted)
+
+    def answers(n=40 * CLASSES, **fields):
+        del calls[:]
+        return core_scanning.universal_triggers(
+            model_with(0.0), families.build("nc"), clean(n), Search(steps=100, samples=270),
+            stream(0, "scan"), classes=CLASSES, **fields,
+        )  # fmt: skip
+
+    found = answers(restarts=3, trial=40)
+    (begun, trial, seed, none), (going, rest, same, starts) = calls
+    assert none is None
+    assert len(begun) == 3 * CLASSES
+    chosen = [0, 1, 2, 0, 1, 0, 0, 1]
+    assert [(one.target, one.restart) for one in going] == list(enumerate(chosen))
+    assert [one["mark"].tolist() for one in starts] == [[t, r] for t, r in enumerate(chosen)]
+    assert (trial, rest) == (40, 60)
+    assert seed == same
+    sizes = smallest_by_target(found, CLASSES)
+    assert sizes[5].isnan()
+    assert [float(sizes[label]) for label in (0, 1, 2, 3, 4, 6, 7)] == [19, 19, 20, 19, 19, 19, 19]
+    answers(3 * CLASSES, restarts=3, trial=40)  # few images: one update per pass instead of nine
+    assert [steps for _, steps, _, _ in calls] == [360, 540]
+    for whole in ({"restarts": 1, "trial": 40}, {"restarts": 3}, {"restarts": 3, "trial": 100}):
+        answers(**whole)
+        assert [steps for _, steps, _, _ in calls] == [100]
+        assert len(calls[0][0]) == whole["restarts"] * CLASSES
+    for spec, count in [("nc", 2), ("nc:trial=none", 1), ("nc:restarts=1", 1), ("pixel", 1)]:
+        del calls[:]
+        defenses.build(spec).scan(model_with(0.0), clean(), stream(0, "scan"))
+        assert len(calls) == count
 
 
 @pytest.mark.parametrize("start", ["faint", "random"])

@@ -10,7 +10,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from arena.core.contracts import Images, Verdict
-from arena.core.inversion.distances import anomalies, smallest_by_target, universal_problems
+from arena.core.inversion.distances import (
+    anomalies,
+    smallest,
+    smallest_by_target,
+    universal_problems,
+)
 from arena.core.inversion.engine import Family, Found, Search, invert, stamped
 from arena.core.inversion.frozen import Frozen
 from arena.core.registry import BadInput
@@ -26,9 +31,12 @@ def universal_triggers(
     *,
     classes: int,
     restarts: int = 1,
+    trial: int | None = None,
 ) -> list[Found]:
     """Triggers from all other classes to each, on images of the clean set.
 
+    trial: passes after which, of a class's searches, only the one with the smallest trigger goes
+    on; None: all do. What the others had found by then is among the answers.
     Where a class has too few images for the search's samples, fewer are used for all, and as many
     more passes made, so that a search has as many updates and ends no sooner.
     """
@@ -37,11 +45,31 @@ def universal_triggers(
         raise BadInput(
             f"The clean set has no image of class {missing[0]}; a scan needs one or more of each."
         )
-    fitting = _fitting(search, int(counts.min()) * (classes - 1))
+    most = int(counts.min()) * (classes - 1)
+    frozen, seed = Frozen(model), draw_seed(rng)
     problems = universal_problems(classes, restarts)
-    return invert(
-        Frozen(model), family, problems, clean, fitting, seed=draw_seed(rng), what="scanning"
+    if restarts == 1 or trial is None or trial >= search.steps:
+        whole = _fitting(search, most)
+        return invert(frozen, family, problems, clean, whole, seed=seed, what="scanning")
+    short = _fitting(replace(search, steps=trial), most)
+    tried = invert(frozen, family, problems, clean, short, seed=seed, what="choosing starts")
+    going = [_promising([a for a in tried if a.problem.target == t]) for t in range(classes)]
+    rest = _fitting(replace(search, steps=search.steps - trial), most)
+    return tried + invert(
+        frozen,
+        family,
+        [one.problem for one in going],
+        clean,
+        rest,
+        seed=seed,
+        what="scanning",
+        starts=[one.trigger for one in going],
     )
+
+
+def _promising(found: Sequence[Found]) -> Found:
+    """The answer of the smallest trigger; where none has the success, of the most successful."""
+    return smallest(found) or max(found, key=lambda one: one.asr)
 
 
 def _fitting(search: Search, most: int) -> Search:
