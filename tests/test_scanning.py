@@ -192,7 +192,7 @@ def test_a_search_that_ends_in_a_local_minimum_hides_no_backdoor(monkeypatch, na
 @pytest.mark.parametrize(
     ("size", "fields", "target"),
     [(7.0, "", None), (4.0, "", TARGET), (7.0, ":least_spread=0", TARGET)],
-    ids=["half of the median", "a quarter of it", "by the paper's rule"],
+    ids=["0.45 of the median", "a quarter of it", "by the paper's rule"],
 )
 @pytest.mark.parametrize("name", ["nc", "pixel"])
 def test_only_a_trigger_far_smaller_than_others_is_blamed(monkeypatch, name, size, fields, target):
