@@ -59,7 +59,7 @@ class NC:
         "passes over the images, at most",
         low=1,
         source="library",
-        under={"fast": 150, "smoke": 10},
+        under={"fast": 250, "smoke": 10},
     )
     samples: int = param(270, "clean images per class searched", low=1, under={"smoke": 18})
     asr: float = param(0.99, "success that a trigger must have", above=0, high=1, source="library")
