@@ -9,7 +9,9 @@ thing, runs before that. Speed alone says nothing: sizes and success on the same
 it, both triggers tried in float32. The loop believes its count of a pass, in which the trigger was
 still moving; only a trigger with the success asked for when it is tried is of equal quality, so the
 loop's smallest such one stands beside the one that it ends with. Its trials are not on the clock.
-With restarts the smallest of a pair is shown, as class distances take it.
+With restarts the smallest of a pair is shown, as class distances take it. "Loop until" is when the
+loop, a restart after the other, first had a trigger as small as the engine's; where it never had,
+all of its seconds count.
 
     python benchmarks/inversion.py CHECKPOINT MODEL DATASET [--data-dir DIR] [--pairs sample:4]
         [--steps 300] [--stall 100] [--restarts 1] [--device cpu]
@@ -20,7 +22,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 import torch
@@ -42,13 +45,23 @@ from arena.subjects import of_checkpoint
 AIMS = {"cpu": 4.0, "cuda": 15.0}
 
 
-def by_hand(
-    model: nn.Module, problem: Problem, images: Images, search: Search
-) -> tuple[Found, float, float]:
-    """One pair as public code inverts it, the smallest size with the success (infinite: none had
-    it), and its seconds."""
-    start, idle, held = timed(str(training.device_of(model))), 0.0, float("inf")
+@dataclass(frozen=True)
+class Looped:
+    """One pair as public code inverts it."""
+
+    found: Found
+    held: list[tuple[float, float]]  # triggers with the success, each smaller: seconds, size
+    seconds: float
+
+    @property
+    def smallest(self) -> float:
+        """Infinite where no trigger had the success."""
+        return self.held[-1][1] if self.held else float("inf")
+
+
+def by_hand(model: nn.Module, problem: Problem, images: Images, search: Search) -> Looped:
     device = training.device_of(model)
+    start, idle, held = timed(device.type), 0.0, []
     rows = rows_of(problem, images.y.cpu(), search.samples, seed=0)
     x = training.to_float(images.x[rows]).to(device)
     rng = stream(0, "by hand", problem.victim, problem.target, problem.restart)
@@ -77,7 +90,7 @@ def by_hand(
             with torch.no_grad():
                 answers = model(torch.lerp(x, kept[1], kept[0])).argmax(1)
                 if float((answers == wanted).double().mean()) >= search.asr - 1e-6:
-                    held = size
+                    held.append((pause - start - idle, size))
             idle += timed(device.type) - pause
             with torch.no_grad():
                 for value, shown in zip(free, kept, strict=True):
@@ -90,10 +103,20 @@ def by_hand(
             cost, bad = cost / search.down, 0
     spent = timed(device.type) - start - idle
     if kept is None:
-        return Found(problem, None, 0.0, {}, search.steps), held, spent
+        return Looped(Found(problem, None, 0.0, {}, search.steps), held, spent)
     trigger = {"mask": torch.logit(kept[0]) / 2, "pattern": torch.logit(kept[1]) / 2}
     found = Found(problem, best, 0.0, trigger, search.steps)
-    return found, held, spent
+    return Looped(found, held, spent)
+
+
+def until(size: float, restarts: Sequence[Looped]) -> tuple[float, bool]:
+    """Seconds until one after the other had a trigger of `size`, and whether any had."""
+    spent = 0.0
+    for one in restarts:
+        if early := [seconds for seconds, held in one.held if held <= size]:
+            return spent + early[0], True
+        spent += one.seconds
+    return spent, False
 
 
 def success(model: nn.Module, one: Found, images: Images, search: Search) -> float:
@@ -129,7 +152,7 @@ def main(options: argparse.Namespace) -> None:
     print(f"{len(problems)} problems, {search.steps} passes over {search.samples} images\n")
 
     theirs = [by_hand(model, problem, images, search) for problem in problems]
-    loop = sum(seconds for _, _, seconds in theirs)
+    loop = sum(one.seconds for one in theirs)
     keep_freed_memory()
     start = timed(options.device)
     sooner = replace(search, stall=options.stall)
@@ -138,27 +161,37 @@ def main(options: argparse.Namespace) -> None:
 
     print(
         f"{'pair':<10}{'engine size':>12}{'success':>9}{'loop size':>11}{'success':>9}"
-        f"{f'with {search.asr:g}':>11}"
+        f"{f'with {search.asr:g}':>11}{'loop until':>12}"
     )
-    ratios = []
+    ratios, waits = [], []
     for pair in pairs:
         own = [at for at, one in enumerate(problems) if (one.victim, one.target) == pair]
         one = smallest([ours[at] for at in own])
-        two = smallest([theirs[at][0] for at in own])
-        held = min(theirs[at][1] for at in own)
+        two = smallest([theirs[at].found for at in own])
+        held = min(theirs[at].smallest for at in own)
         cells = []
         for best in (one, two):
             tried = 0.0 if best is None else success(model, best, images, search)
             cells += [told(None if best is None else best.size), f"{tried:.2f}"]
+        wait = ""
+        if one is not None and one.size:
+            seconds, had = until(one.size, [theirs[at] for at in own])
+            wait = f"{seconds:.1f} s" if had else "never"
+            waits.append(seconds)
         print(
             f"{f'{pair[0]} to {pair[1]}':<10}{cells[0]:>12}{cells[1]:>9}{cells[2]:>11}{cells[3]:>9}"
-            f"{told(held):>11}"
+            f"{told(held):>11}{wait:>12}"
         )
         if one is not None and one.size and held < float("inf"):
             ratios.append(one.size / held)
     made = sum(one.steps for one in ours) / len(ours)
     print(f"\npasses per problem: engine {made:.0f} (stall {options.stall}), loop {search.steps}")
     print(f"engine {engine:.1f} s, loop {loop:.1f} s: {loop / engine:.2f} times as fast")
+    if len(waits) == len(pairs):
+        print(
+            f"the loop until triggers as small as the engine's: {sum(waits):.1f} s, "
+            f"{sum(waits) / engine:.2f} times as long as the engine"
+        )
     if ratios:
         print(
             f"size of triggers with a success of {search.asr:g}, engine over loop: median "

@@ -20,15 +20,15 @@ Departs: `samples` images per class searched, not the whole clean set. A search 
     counts as at least 0.3 of the median, so that a class is blamed whose mask is also smaller than
     0.4 of it. Otherwise chance blames clean networks: the smallest mask of one was 0.61 of the
     median, at an index of 2.4. The smallest of eleven clean networks (CIFAR-10, fastnet_small) was
-    0.41, patches' targets 0.02 to 0.04 where it was read, blend's 0.35 in one draw, but in another
-    blend was not blamed. The paper retrains on a tenth of the training set, here on whatever the
-    clean set is. Several triggers share the stamped images among them. Pruning is decided on
-    held-out images; that it may cost 0.05 is what it cost in the paper. The paper names neither
-    augmentation nor learning rate. There is no augmentation here: shifts and mirror images move a
-    trigger off the place where it works. The rate is that of BackdoorBench (which trains for 100
-    epochs). What decided, on CIFAR-10 with fastnet, a patch, 5 % clean and validation images: at
-    0.01 the ASR falls from 100 to 1 or 2 % (without stamped images to 18 or 35 %) and accuracy by 2
-    points. At 0.001 accuracy stays, the ASR falls to 3 % (with augmentation to 81 %, without
+    0.41, patches' targets 0.02 to 0.04 where it was read. Blend's, whose trigger is everywhere, is
+    0.25 to 0.5 by the draw: blamed in some. The paper retrains on a tenth of the training set, here
+    on whatever the clean set is. Several triggers share the stamped images among them. Pruning is
+    decided on held-out images; that it may cost 0.05 is what it cost in the paper. The paper names
+    neither augmentation nor learning rate. There is no augmentation here: shifts and mirror images
+    move a trigger off the place where it works. The rate is that of BackdoorBench (which trains for
+    100 epochs). What decided, on CIFAR-10 with fastnet, a patch, 5 % clean and validation images:
+    at 0.01 the ASR falls from 100 to 1 or 2 % (without stamped images to 18 or 35 %) and accuracy
+    by 2 points. At 0.001 accuracy stays, the ASR falls to 3 % (with augmentation to 81 %, without
     stamped images not at all); but with a trigger inverted less well, by `abs`, 0.003 leaves 96 %
     and 0.01 leaves 4 %.
 """
