@@ -1,20 +1,22 @@
 """Inverting NC triggers: the engine beside the pair-by-pair loop of public code.
 
 The loop is the obvious one: a pair at a time, batches of 32, 32, 32 and 4 of 100 images, the model
-in evaluation mode as it is (float32, its weights collecting gradients), torch's Adam, the weight on
-the mask raised and lowered, each improvement nudged. The engine gets the same pairs, images and
-number of passes; with --stall its searches end once they find nothing smaller, as `arena distance`
-has it, and the process keeps freed memory, as that command lets it; the loop, which has no such
-thing, runs before that. Speed alone says nothing: sizes and success on the same images stand beside
-it, both triggers tried in float32. The loop believes its count of a pass, in which the trigger was
-still moving; only a trigger with the success asked for when it is tried is of equal quality, so the
-loop's smallest such one stands beside the one that it ends with. Its trials are not on the clock.
-With restarts the smallest of a pair is shown, as class distances take it. "Loop until" is when the
-loop, a restart after the other, first had a trigger as small as the engine's; where it never had,
-all of its seconds count.
+in evaluation mode as it is (float32, its weights collecting gradients), torch's Adam, masks that
+start from noise, the weight on the mask raised and lowered after ten passes, each improvement
+nudged. The engine gets the same pairs, images and number of passes, and searches as `arena
+distance` does; `--method nc:weight=steps` has it search like the loop. Its searches end once they
+find nothing smaller (`--stall`) or after `--within` passes, for which it runs anew, and the process
+keeps freed memory, as that command lets it; the loop, which has no such thing, runs before that.
+Speed alone says nothing: sizes and success on the same images stand beside it, both triggers tried
+in float32. The loop believes its count of a pass, in which the trigger was still moving; only a
+trigger with the success asked for when it is tried is of equal quality, so the loop's smallest such
+one stands beside the one that it ends with. Its trials are not on the clock. With restarts the
+smallest of a pair is shown, as class distances take it. "Loop until" is when the loop, a restart
+after the other, first had a trigger as small as the engine's; where it never had, all of its
+seconds count.
 
     python benchmarks/inversion.py CHECKPOINT MODEL DATASET [--data-dir DIR] [--pairs sample:4]
-        [--steps 300] [--stall 100] [--restarts 1] [--device cpu]
+        [--steps 300] [--within 100 300] [--stall 50] [--restarts 1] [--device cpu] [--method nc]
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from torch.nn import functional as F
 
 from arena.core import training
 from arena.core.contracts import Images
-from arena.core.inversion.distances import parse_pairs, problems_of, smallest
-from arena.core.inversion.engine import Found, Problem, Search, invert, rows_of, stamped
+from arena.core.inversion.distances import Pair, parse_pairs, problems_of, smallest
+from arena.core.inversion.engine import Family, Found, Problem, Search, invert, rows_of, stamped
 from arena.core.inversion.families import families
 from arena.core.inversion.frozen import Frozen
 from arena.core.seeding import stream
@@ -132,40 +134,25 @@ def success(model: nn.Module, one: Found, images: Images, search: Search) -> flo
     return float((answers == one.problem.target).double().mean())
 
 
-def told(size: float | None) -> str:
-    return "none" if size is None or size == float("inf") else f"{size:.2f}"
-
-
-def timed(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def main(options: argparse.Namespace) -> None:
-    subject = of_checkpoint(options.checkpoint, options.model, options.dataset, options.data_dir)
-    model, images = subject.model.to(options.device), subject.data.val
-    pairs = parse_pairs(options.pairs, subject.data.num_classes)
-    problems = problems_of(pairs, options.restarts)
-    search = Search(steps=options.steps, samples=options.samples)
-    print(describe())
-    print(f"{len(problems)} problems, {search.steps} passes over {search.samples} images\n")
-
-    theirs = [by_hand(model, problem, images, search) for problem in problems]
-    loop = sum(one.seconds for one in theirs)
-    keep_freed_memory()
-    start = timed(options.device)
-    sooner = replace(search, stall=options.stall)
-    ours = invert(Frozen(model), families.build("nc"), problems, images, sooner)
-    engine = timed(options.device) - start
-
+def compare(
+    model: nn.Module,
+    images: Images,
+    pairs: Sequence[Pair],
+    ours: Sequence[Found],
+    theirs: Sequence[Looped],
+    engine: float,
+    search: Search,
+) -> None:
+    """Print the engine's answers, which took so many seconds, beside the loop's."""
     print(
         f"{'pair':<10}{'engine size':>12}{'success':>9}{'loop size':>11}{'success':>9}"
         f"{f'with {search.asr:g}':>11}{'loop until':>12}"
     )
     ratios, waits = [], []
     for pair in pairs:
-        own = [at for at, one in enumerate(problems) if (one.victim, one.target) == pair]
+        own = [
+            at for at, one in enumerate(ours) if (one.problem.victim, one.problem.target) == pair
+        ]
         one = smallest([ours[at] for at in own])
         two = smallest([theirs[at].found for at in own])
         held = min(theirs[at].smallest for at in own)
@@ -184,8 +171,11 @@ def main(options: argparse.Namespace) -> None:
         )
         if one is not None and one.size and held < float("inf"):
             ratios.append(one.size / held)
-    made = sum(one.steps for one in ours) / len(ours)
-    print(f"\npasses per problem: engine {made:.0f} (stall {options.stall}), loop {search.steps}")
+    loop = sum(one.seconds for one in theirs)
+    made, passes = (
+        fmean(each) for each in ([a.steps for a in ours], [a.found.steps for a in theirs])
+    )
+    print(f"\npasses per problem: engine {made:.0f} (stall {search.stall}), loop {passes:.0f}")
     print(f"engine {engine:.1f} s, loop {loop:.1f} s: {loop / engine:.2f} times as fast")
     if len(waits) == len(pairs):
         print(
@@ -195,8 +185,39 @@ def main(options: argparse.Namespace) -> None:
     if ratios:
         print(
             f"size of triggers with a success of {search.asr:g}, engine over loop: median "
-            f"{median(ratios):.3f}, mean {fmean(ratios):.3f}"
+            f"{median(ratios):.3f}, mean {fmean(ratios):.3f}\n"
         )
+
+
+def told(size: float | None) -> str:
+    return "none" if size is None or size == float("inf") else f"{size:.2f}"
+
+
+def timed(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main(options: argparse.Namespace) -> None:
+    subject = of_checkpoint(options.checkpoint, options.model, options.dataset, options.data_dir)
+    model, images = subject.model.to(options.device), subject.data.val
+    pairs = parse_pairs(options.pairs, subject.data.num_classes)
+    problems = problems_of(pairs, options.restarts)
+    search = Search(steps=options.steps, samples=options.samples)
+    family: Family = families.build(options.method)
+    print(describe())
+    print(f"{len(problems)} problems, {search.steps} passes over {search.samples} images\n")
+
+    theirs = [by_hand(model, problem, images, search) for problem in problems]
+    keep_freed_memory()
+    for most in options.within or [options.steps]:
+        sooner = replace(family.usual, steps=most, samples=options.samples)
+        if options.stall is not None:
+            sooner = replace(sooner, stall=options.stall)
+        start = timed(options.device)
+        ours = invert(Frozen(model), family, problems, images, sooner)
+        compare(model, images, pairs, ours, theirs, timed(options.device) - start, sooner)
     aim = AIMS[options.device.partition(":")[0]]
     print(f"aim: at least {aim:g} times as fast to a trigger of equal quality")
     print("load average at the end: " + ", ".join(f"{v:.2f}" for v in os.getloadavg()))
@@ -206,5 +227,12 @@ if __name__ == "__main__":
     parser = of_one_model(
         "Time the inversion engine beside a plain loop.", pairs="sample:4", restarts=1, steps=300
     )
-    parser.add_argument("--stall", type=int, default=None)
-    main(parser.parse_args())
+    parser.add_argument("--stall", type=int, default=None, help="of the engine; none: the family's")
+    parser.add_argument(
+        "--within", type=int, nargs="+", help="passes of the engine at most, a run for each number"
+    )
+    parser.add_argument("--method", default="nc", help="of the engine: nc, with its fields")
+    chosen = parser.parse_args()
+    if chosen.method.partition(":")[0] != "nc":
+        parser.error("the loop inverts masks with patterns: --method is nc, with fields or without")
+    main(chosen)

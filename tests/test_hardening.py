@@ -37,7 +37,7 @@ def batch(count: int, seed: int = 0) -> Images:
 def pairs_of(model, clean, **options) -> Pairs:
     scheduler = Scheduler(toys.CLASSES, options.pop("explore", 0.0), options.pop("order", "turns"))
     pace = options.pop("pace", QUICK)
-    family = families.build("nc")
+    family = families.build("nc:weight=steps")
     return Pairs(Inverter(model, family), pace, scheduler, clean, warm_passes=5, **options)
 
 
@@ -240,7 +240,7 @@ def test_images_of_the_batch_are_searched_on_not_others(planted):
     """Problems get as many images as the rarest of their classes has in the batch."""
     images = batch(40)
     rows = torch.cat([(images.y == 1).nonzero().flatten()[:3], (images.y == 2).nonzero().flatten()])
-    family = families.build("nc")
+    family = families.build("nc:weight=steps")
     seen = []
 
     class Watched(type(family)):
@@ -255,7 +255,7 @@ def test_images_of_the_batch_are_searched_on_not_others(planted):
 
 
 def test_a_search_goes_on_from_where_it_is_told(planted):
-    inverter = Inverter(planted, families.build("nc"))
+    inverter = Inverter(planted, families.build("nc:weight=steps"))
     problem, images = Problem(1, 0), batch(60)
     one = inverter([problem], images, stream(0, "i"), passes=60, asr=0.9)[0]
     assert one.size
@@ -269,10 +269,10 @@ def test_a_search_goes_on_from_where_it_is_told(planted):
 
 
 def test_the_first_weight_is_multiplied(planted):
-    inverter = Inverter(planted, families.build("nc"))
+    inverter = Inverter(planted, families.build("nc:weight=steps"))
     sizes = [
         float(
-            families.build("nc").size(
+            families.build("nc:weight=steps").size(
                 {
                     name: value[None]
                     for name, value in inverter(
@@ -289,7 +289,7 @@ def test_the_first_weight_is_multiplied(planted):
 
 
 def test_a_stamp_leaves_labels_and_other_images_alone(planted):
-    inverter = Inverter(planted, families.build("nc"))
+    inverter = Inverter(planted, families.build("nc:weight=steps"))
     images = batch(20)
     mask, pattern = torch.full((1, 16, 16), -9.0), torch.zeros(3, 16, 16)
     mask[..., :2, :2] = 9.0
@@ -449,7 +449,9 @@ def test_the_larger_trigger_is_remembered(planted, clean):
 
 
 def test_universal_triggers_take_classes_in_turn(planted):
-    hook = Universal(Inverter(planted, families.build("nc")), Pace(first=5, more=2, portion=0.5))
+    hook = Universal(
+        Inverter(planted, families.build("nc:weight=steps")), Pace(first=5, more=2, portion=0.5)
+    )
     for target in (0, 1, 2, 3, 0):
         images = batch(60, target)
         rows = changed(images, hook(images, stream(target, "d")))
@@ -459,7 +461,9 @@ def test_universal_triggers_take_classes_in_turn(planted):
 
 def test_a_batch_without_a_class_is_stamped_all_the_same(planted):
     """As usual where there are many classes."""
-    hook = Universal(Inverter(planted, families.build("nc")), Pace(first=5, more=2, portion=0.5))
+    hook = Universal(
+        Inverter(planted, families.build("nc:weight=steps")), Pace(first=5, more=2, portion=0.5)
+    )
     images = batch(60)
     images = images.take(images.y != 2)
     assert len(changed(images, hook(images, stream(0, "d")))) == int(0.5 * (images.y != 0).sum())

@@ -237,6 +237,20 @@ def test_a_search_that_stalls_ends(frozen, images):
     assert answer.steps < 1000
 
 
+def test_a_weight_that_follows_every_pass_saves_passes_and_costs_no_size(frozen, images):
+    """As published code searches, but for the end: after fifty passes, too."""
+    problems = [Problem(None, target) for target in range(4)]
+    passes, sizes = {}, {}
+    for weight in ("steady", "steps"):
+        search = replace(NC(weight=weight).usual, samples=12, steps=600, batch=6, stall=50)
+        found = invert(frozen, NC(weight=weight), problems, images, search)
+        assert all(one.size and one.asr >= search.asr for one in found)
+        passes[weight] = sum(one.steps for one in found)
+        sizes[weight] = sum(one.size for one in found)
+    assert passes["steady"] < 0.9 * passes["steps"]
+    assert sizes["steady"] < 1.02 * sizes["steps"]
+
+
 def run_of(frozen, images, search, problems=None):
     problems = problems or [Problem(1, 0)]
     run = engine._Run(frozen, NC(), tuple(problems), images, search, 0, None, "test")

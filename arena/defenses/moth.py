@@ -30,6 +30,8 @@ from arena.core.inversion.families import families
 from arena.core.models import Classifier
 from arena.core.registry import method, param
 
+_FAMILIES = {"nc": "nc:weight=steps", "filter": "filter"}
+
 
 @method
 class Moth:
@@ -122,7 +124,7 @@ class Moth:
     @property
     def wraps(self) -> dict[str, Family]:
         """Whose code counts for what comes out."""
-        return {"trigger": families.build(self.trigger)}
+        return {"trigger": families.build(_FAMILIES[self.trigger])}
 
     def check(self, model: Classifier, clean: Images) -> None:
         hardening.check(model, clean, "moth")

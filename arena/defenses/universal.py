@@ -65,7 +65,7 @@ class Universal:
     @property
     def wraps(self) -> dict[str, Family]:
         """Whose code counts for what comes out."""
-        return {"trigger": families.build("nc")}
+        return {"trigger": families.build("nc:weight=steps")}
 
     def check(self, model: Classifier, clean: Images) -> None:
         hardening.check(model, clean, "universal")

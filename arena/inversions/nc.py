@@ -4,7 +4,11 @@ Source: Wang et al. 2019, Neural Cleanse, section IV; its published code for the
     MOTH's (Tao et al. 2022) for the start (uniform) and for the search that goes on from a best
     trigger, with mask and pattern moved by up to 0.01.
 Departs: the size is the L1 norm of the one mask that all channels share. The papers of MOTH print
-    three times that: the sum over the mask repeated on three channels.
+    three times that: the sum over the mask repeated on three channels. In
+    published code the mask's weight, at first 1e-3, changes by half after ten passes in a row with
+    success (`weight=steps`). Here it counts from the first success on, starts at 3e-3 and changes
+    by a tenth after every pass, and a search ends that has found nothing smaller in fifty of them:
+    masks of the same size in about half the passes.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from arena.core.inversion.engine import Family, State
+from arena.core.inversion.engine import Family, Search, State
 from arena.core.registry import method, param
 
 _FAINT = 0.01  # a mask that hardly shows; at 0 its slope would be gone
@@ -39,12 +43,25 @@ class NC(Family):
         choices=("random", "faint", "centre"),
         source="centre: K-arm, for label-specific triggers",
     )
+    weight: str = param(
+        "steady",
+        "of the mask in the loss, where the search is the family's own; steady: changes by a tenth "
+        "after every pass; steps: by half after ten passes in a row with success, or without",
+        choices=("steady", "steps"),
+        source="steps: MOTH's code",
+    )
     colours: str = param(
         "each",
         "each: every pixel has its own; one: the pattern has one colour",
         choices=("each", "one"),
         source="one: K-arm, for label-specific triggers",
     )
+
+    @property
+    def usual(self) -> Search:
+        if self.weight == "steps":
+            return Search()
+        return Search(cost=3e-3, wait=True, patience=1, up=1.1, down=1.1**1.5, stall=50)
 
     def begin(self, x: Tensor, rng: Generator) -> State:
         channels, height, width = x.shape[1:]

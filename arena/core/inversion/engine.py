@@ -109,7 +109,7 @@ class Family(Protocol):
 
     @property
     def usual(self) -> Search:
-        """The search of its paper."""
+        """The search of its paper, but for what its file departs in."""
         return Search()
 
     @property
