@@ -486,3 +486,13 @@ def test_a_planted_backdoor_loses_its_grip(spec, planted, clean):
     assert toys.success(out, clean) < 0.5
     assert training.accuracy(out, clean) >= 0.95
     assert all(torch.equal(before[name], value) for name, value in planted.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["moth", "universal", "pairwise"])
+def test_the_weight_in_hardening_is_that_of_moth_s_code(name):
+    """However distances are searched for: its 40 passes more need a weight that moves slowly."""
+    search = defenses.build(name).wraps["trigger"].usual
+    assert (search.cost, search.wait, search.patience) == (1e-3, False, 10)
+    assert search.up == pytest.approx(1.5)
+    assert search.down == pytest.approx(1.5**1.5)
+    assert search.stall is None
