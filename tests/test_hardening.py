@@ -490,7 +490,7 @@ def test_a_planted_backdoor_loses_its_grip(spec, planted, clean):
 
 @pytest.mark.parametrize("name", ["moth", "universal", "pairwise"])
 def test_the_weight_in_hardening_is_that_of_moth_s_code(name):
-    """However distances are searched for: its 40 passes more need a weight that moves slowly."""
+    """Published figures are of it, however distances are searched for."""
     search = defenses.build(name).wraps["trigger"].usual
     assert (search.cost, search.wait, search.patience) == (1e-3, False, 10)
     assert search.up == pytest.approx(1.5)

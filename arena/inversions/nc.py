@@ -4,11 +4,11 @@ Source: Wang et al. 2019, Neural Cleanse, section IV; its published code for the
     MOTH's (Tao et al. 2022) for the start (uniform) and for the search that goes on from a best
     trigger, with mask and pattern moved by up to 0.01.
 Departs: the size is the L1 norm of the one mask that all channels share. The papers of MOTH print
-    three times that: the sum over the mask repeated on three channels. In
-    published code the mask's weight, at first 1e-3, changes by half after ten passes in a row with
-    success (`weight=steps`). Here it counts from the first success on, starts at 3e-3 and changes
-    by a tenth after every pass, and a search ends that has found nothing smaller in fifty of them:
-    masks of the same size in about half the passes.
+    three times that: the sum over the mask repeated on three channels. In published code the mask's
+    weight, at first 1e-3, changes by half after ten passes in a row with success (`weight=steps`).
+    Here it counts from the first success on, starts at 3e-3 and changes by a tenth after every
+    pass, and a search ends that has found nothing smaller in fifty of them: masks of the same size
+    in about half the passes.
 """
 
 from __future__ import annotations
