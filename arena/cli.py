@@ -113,7 +113,7 @@ StallOption = Annotated[
     int | None,
     typer.Option(
         help="A search ends after so many passes without a trigger smaller by 1 %: faster, for "
-        "triggers that may be a little larger. Unless given: nc 50; others go on to the end."
+        "triggers that may be a little larger. Unless given: as the family has it (nc does)."
     ),
 ]
 AsrOption = Annotated[float | None, typer.Option(help="Success that is asked for, 0 to 1.")]
